@@ -1,0 +1,484 @@
+"""CLIP: an image encoder and a text encoder that put matching pictures and sentences side by side.
+
+    from clip_model import load
+    clip = load("RN50")                              # downloads 256 MB once; or a file of your own
+    f = clip.encode_image(x)                         # (B, 3, R, R) -> (B, e)
+    g = clip.encode_text(ids)                        # (N, L)       -> (N, e)
+    logits = clip.logit_scale.exp() * normalize(f) @ normalize(g).T          # cosine / temperature
+
+"Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
+
+Symbols: e width of the common embedding; R side of the square input picture; d width of a text
+token; L text length; tau = 1 / exp(logit_scale), the temperature.  The scale is the exponential of
+a parameter, so that it stays positive and a gradient step changes it by a factor, not an amount.
+
+Module and parameter names are those of OpenAI's checkpoints, so that weights load strictly.
+
+Read in this order: contrastive_loss (what CLIP was trained for), CLIP, its encode_text and
+encode_prompts, Block, the two image encoders, then loading.  Needs torch and none of its neighbours.
+"""
+import hashlib
+import pathlib
+import pickle
+import sys
+import zipfile
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
+
+
+def contrastive_loss(image_features, text_features, logit_scale):
+    """What CLIP was trained with (paper, figure 3): in a batch of B pairs, each picture must find
+    its own caption among the B captions, and each caption its own picture.  (B, e), (B, e) -> scalar
+    """
+    f, g = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+    logits = logit_scale.exp() * f @ g.T                                # (B, B), pairs on the diagonal
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def pretrain(clip, images, ids, steps, batch=64, lr=2e-3, progress=lambda step, loss: None):
+    """Train a CLIP from scratch on N pairs: images (N, 3, R, R), ids (N, L).  Adam with decoupled
+    weight decay and a cosine schedule, as the CLIP paper's section 2.5, without its scale.
+    """
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    clip.train()
+    for step in range(steps):
+        pick = torch.randint(len(images), (batch,))
+        loss = contrastive_loss(clip.encode_image(images[pick]), clip.encode_text(ids[pick]), clip.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        clip.logit_scale.data.clamp_(max=4.6052)                        # scale <= 100, as the paper
+        progress(step, loss)
+    return clip.eval()
+
+
+class CLIP(nn.Module):
+    """The two encoders and the scale of their cosine."""
+
+    GROUP = 512        # encode_prompts: tokens in one packed sequence (its mask is quadratic in this)
+    KEEP = 2048        # encode_prompts: above this many tokens recompute activations in the backward pass
+
+    def __init__(self, e, visual, width, layers, context_length=77, vocab_size=49408):
+        super().__init__()
+        self.visual = visual
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        self.transformer = Transformer(width, layers, heads=width // 64)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, e))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    resolution = property(lambda self: self.visual.resolution)
+    context_length = property(lambda self: len(self.positional_embedding))
+    vocab_size = property(lambda self: self.token_embedding.num_embeddings)
+
+    def encode_image(self, x):
+        """Normalised pictures (B, 3, R, R) -> features (B, e), not yet of unit length."""
+        return self.visual(x.to(self.visual.conv1.weight.dtype))
+
+    def encode_text(self, ids):
+        """Token ids (N, L), rows sot ... eot 0 0 0 -> features (N, e), not yet of unit length.
+
+        The whole sentence is summed up at eot, the last token: attention is causal (a token sees
+        itself and what stands left of it), so eot is the only one that has seen everything.
+
+        EXACT up to rounding: causal also means that columns right of the last eot in the batch
+        change nothing, so they are cut off.  Proof: test_nothing_right_of_eot_matters.
+        """
+        eot = ids.argmax(-1)                                            # the largest id is eot
+        ids = ids[:, :int(eot.max()) + 1]
+        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]     # (N, L, d)
+        mask = torch.full((ids.shape[1],) * 2, float("-inf"), device=x.device, dtype=x.dtype).triu_(1)
+        x = self.transformer(x, mask)
+        x = x[torch.arange(len(x), device=x.device), eot]               # (N, L, d) -> (N, d)
+        return self.ln_final(x) @ self.text_projection
+
+    def encode_prompts(self, shared, own, lengths):
+        """K prompts that begin alike, from token embeddings: shared (P, d) begins all of them, own
+        (sum of lengths, d) holds the rest of each, end to end, lengths (K,) says how long each
+        rest is; every rest ends with eot.  Positions are added here.  Returns (K, e), the features
+        of the K sentences `shared + rest`.  Raises ValueError if one is longer than the model reads.
+
+        EXACT up to rounding (float64: 1e-10, value and gradient; test_packed_equals_plain):
+
+            one sequence:  sot V1 V2 V3 | banded . eot | polka - dotted . eot | ...
+            positions:      0   1  2  3 |   4    5  6  |   4   5    6   7  8  | ...
+            a token sees:  the trunk, and its own branch, up to itself
+
+        Each token then meets the same positions and the same neighbours as in a sentence of its
+        own, so it gets the same result.  The trunk, which being causal never sees a class name,
+        is computed once instead of K times; padding and the columns right of eot not at all.
+
+        Many prompts are packed in groups of about GROUP tokens.  Past KEEP tokens in all, a
+        group's activations are not stored but computed again in the backward pass: the memory
+        of a training step is then that of one group, however large K is.
+        """
+        lengths = torch.as_tensor(lengths, device="cpu")
+        if len(shared) + int(lengths.max()) > self.context_length:
+            raise ValueError(f"prompt of {len(shared) + int(lengths.max())} tokens; this model reads {self.context_length}")
+        ends, first, features = lengths.cumsum(0), 0, []
+        recompute = torch.is_grad_enabled() and len(own) > self.KEEP
+        while first < len(lengths):
+            start = int(ends[first] - lengths[first])
+            last = max(first + 1, int(torch.searchsorted(ends, start + self.GROUP, right=True)))
+            group = shared, own[start:int(ends[last - 1])], lengths[first:last]
+            features.append(checkpoint(self._encode_group, *group, use_reentrant=False, preserve_rng_state=False)
+                            if recompute else self._encode_group(*group))
+            first = last
+        return torch.cat(features)
+
+    def _encode_group(self, shared, own, lengths):
+        P, K, lengths = len(shared), len(lengths), lengths.to(own.device)
+        ends = P + lengths.cumsum(0)                                    # branch k stops before ends[k]
+        branch = torch.arange(K, device=own.device).repeat_interleave(lengths)
+        order = torch.arange(P + len(own), device=own.device)           # place in the packed sequence
+        position = torch.cat([order[:P], order[P:] - (ends - lengths - P)[branch]])
+        branch = torch.cat([branch.new_full((P,), -1), branch])         # -1: the trunk
+        sees = ((branch == branch[:, None]) | (branch == -1)) & (order <= order[:, None])
+        x = torch.cat([shared, own]) + self.positional_embedding[position]
+        mask = torch.zeros_like(sees, dtype=x.dtype).masked_fill_(~sees, float("-inf"))
+        x = self.transformer(x[None], mask, rows=ends - 1)[0]      # only the K rows at eot
+        return self.ln_final(x) @ self.text_projection
+
+    @classmethod
+    def from_state_dict(cls, sd):
+        """The model that a state dict with OpenAI's key names belongs to, its sizes read off the
+        shapes; weights as fp32, in eval mode.  Raises ValueError if names or shapes do not fit.
+        """
+        sd = {k: v.detach().float() if v.is_floating_point() else v.detach() for k, v in sd.items()
+              if k not in ("input_resolution", "context_length", "vocab_size")}
+        bad = [k for k, v in sd.items() if not torch.isfinite(v).all()]
+        if bad:
+            raise ValueError(f"weights with NaN or infinity: {bad[0]}" + f" and {len(bad) - 1} more" * (len(bad) > 1))
+
+        def count(prefix):                         # layers: how many different numbers follow the prefix
+            return len({k[len(prefix):].split(".")[0] for k in sd if k.startswith(prefix)})
+
+        try:
+            e, conv1 = sd["text_projection"].shape[1], sd["visual.conv1.weight"]
+            with torch.device("meta"):             # no memory and no random numbers: weights come below
+                if "visual.proj" in sd:
+                    grid = round((len(sd["visual.positional_embedding"]) - 1) ** 0.5)
+                    visual = VisionTransformer(grid * conv1.shape[-1], patch=conv1.shape[-1], width=len(conv1),
+                                               layers=count("visual.transformer.resblocks."), e=e)
+                else:
+                    grid = round((len(sd["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
+                    visual = ModifiedResNet(grid * 32, [count(f"visual.layer{i}.") for i in (1, 2, 3, 4)],
+                                            width=len(sd["visual.layer1.0.conv1.weight"]), e=e)
+                vocab_size, width = sd["token_embedding.weight"].shape
+                clip = cls(e, visual, width, count("transformer.resblocks."),
+                           len(sd["positional_embedding"]), vocab_size)
+            clip.load_state_dict(sd, strict=True, assign=True)
+        except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
+            raise ValueError("not the weights of a CLIP model: " + " ".join(str(error).split())[:200]) from None
+        return clip.eval()
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the cheap form of GELU that CLIP's weights were trained with: torch's
+    exact GELU differs by up to 0.02 and would quietly cost accuracy.  silu(y) is y * sigmoid(y).
+    """
+
+    def forward(self, x):
+        return F.silu(1.702 * x) / 1.702
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; parameters are named as in torch.nn.MultiheadAttention."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(d ** -0.5 * torch.randn(3 * d, d))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
+        self.out_proj = nn.Linear(d, d)
+
+    def forward(self, x, mask=None, rows=slice(None)):
+        """x (B, L, d) -> (B, rows, d): what the tokens at `rows` gather from all that they may see."""
+        d, W, b = x.shape[-1], self.in_proj_weight, self.in_proj_bias
+        q = F.linear(x[:, rows], W[:d], b[:d])
+        k, v = F.linear(x, W[d:], b[d:]).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # (B, heads, L, d / heads)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention lets tokens exchange information, the MLP works on each token alone; both add to x."""
+
+    def __init__(self, d, heads):
+        super().__init__()
+        self.attn = Attention(d, heads)
+        self.ln_1 = nn.LayerNorm(d)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(d, 4 * d), gelu=QuickGELU(), c_proj=nn.Linear(4 * d, d)))
+        self.ln_2 = nn.LayerNorm(d)
+
+    def forward(self, x, mask=None, rows=slice(None)):
+        x = x[:, rows] + self.attn(self.ln_1(x), mask, rows)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, d, layers, heads):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(d, heads) for _ in range(layers))
+
+    def forward(self, x, mask=None, rows=slice(None)):
+        """(B, L, d) -> (B, rows, d).  Below the last layer every token is needed, as others look at
+        it; in the last one only the rows that somebody reads.  mask (L, L) is added to the scores.
+        """
+        for block in self.resblocks[:-1]:
+            x = block(x, mask)
+        return self.resblocks[-1](x, mask if mask is None else mask[rows], rows)
+
+
+class VisionTransformer(nn.Module):
+    """ViT (arXiv 2010.11929): the picture as a sentence of patches, read off at a class token."""
+
+    def __init__(self, resolution, patch, width, layers, e):
+        super().__init__()
+        self.resolution = resolution
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)        # one vector per patch
+        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn((resolution // patch) ** 2 + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads=width // 64)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, e))
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)                    # (B, 3, R, R) -> (B, patches, width)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x), rows=slice(0, 1))[:, 0]    # only the class token is read
+        return self.ln_post(x) @ self.proj
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut.  Where the picture shrinks, average pooling does
+    it (a strided convolution would skip pixels), in both ways.
+    """
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.downsample = nn.Identity()
+        if stride > 1 or inputs != 4 * width:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(self.pool(y)))
+        return F.relu(y + self.downsample(self.pool(x)))
+
+
+class AttentionPool(nn.Module):
+    """One attention step with the mean as its only question: a weighted mean over the positions,
+    with weights that depend on the content, where an ordinary ResNet takes the plain mean.
+    """
+
+    def __init__(self, side, width, heads, e):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(side * side + 1, width))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, e)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)                                # (B, width, h, w) -> (B, h * w, width)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, 1, width / heads)
+        return self.c_proj(x.transpose(1, 2).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """ResNet-D with a stem of three convolutions and attention pooling (CLIP paper, section 2.4)."""
+
+    def __init__(self, resolution, layers, width, e):
+        super().__init__()
+        self.resolution = resolution
+        self.conv1, self.bn1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv2, self.bn2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False), nn.BatchNorm2d(width // 2)
+        self.conv3, self.bn3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        inputs = width
+        for i, blocks in enumerate(layers):                             # layer1 keeps the size, the others halve it
+            stage = [Bottleneck(inputs if j == 0 else 4 * width * 2 ** i, width * 2 ** i, 2 if i and j == 0 else 1)
+                     for j in range(blocks)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*stage))
+            inputs = 4 * width * 2 ** i
+        self.attnpool = AttentionPool(resolution // 32, inputs, heads=inputs // 64, e=e)
+
+    def forward(self, x):
+        for i in (1, 2, 3):
+            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+        x = F.avg_pool2d(x, 2)                                          # (B, width, R / 4, R / 4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))       # (B, 32 width, R / 32, R / 32)
+        return self.attnpool(x)
+
+
+def prepare_images(clip, dtype=torch.float32):
+    """Make the frozen image encoder fast, in place: BatchNorm in eval mode is a fixed scale and shift,
+    so it goes into the convolution before it; channels-last memory suits both CPU and GPU kernels.
+    EXACT up to rounding in float32 (1e-5, test_prepared_image_encoder); dtype bfloat16 or float16
+    is APPROXIMATE (README, "Speed").  The text encoder stays as it is.  Returns clip.
+    """
+    for module in clip.visual.modules():
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
+            if isinstance(getattr(module, bn, None), nn.BatchNorm2d):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn)))
+                setattr(module, bn, nn.Identity())
+    clip.visual.to(dtype=dtype, memory_format=torch.channels_last)
+    return clip
+
+
+# ---- Weight files -------------------------------------------------------------------------------
+
+URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
+MODELS = {   # name: (file, SHA-256)
+    "RN50": ("RN50.pt", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101": ("RN101.pt", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4": ("RN50x4.pt", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16": ("RN50x16.pt", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64": ("RN50x64.pt", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+
+
+def load(name_or_path, device="cpu"):
+    """A frozen CLIP in fp32: one of OpenAI's nine by name, or a file (their TorchScript archive or
+    a state dict saved by torch).  `.sha256` of the result is the file's.  Raises ValueError for a
+    file that holds no CLIP, OSError if a download fails.
+    """
+    path = fetch(name_or_path) if name_or_path in MODELS else pathlib.Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(f"unknown backbone {name_or_path!r}: neither a file nor one of {', '.join(MODELS)}")
+    digest = sha256(path)
+    try:
+        sd = tensors(read_archive(path))
+    except ValueError:
+        if digest not in (known for _, known in MODELS.values()):
+            raise
+        sd = torch.jit.load(path, map_location="cpu").state_dict()      # OpenAI's own file: may run its code
+    try:
+        clip = CLIP.from_state_dict(sd)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    clip.sha256 = digest
+    return clip.requires_grad_(False).to(device)
+
+
+def fetch(name):
+    """Path of OpenAI's file in ~/.cache/clip, downloaded if it is missing or damaged."""
+    file, known = MODELS[name]
+    path, url = pathlib.Path.home() / ".cache" / "clip" / file, URL.format(sha256=known, file=file)
+    if path.is_file():
+        if sha256(path) == known:
+            return path
+        print(f"{path} is damaged (wrong checksum), fetching it again", file=sys.stderr)
+    print(f"downloading {name} from {url} to {path}", file=sys.stderr)
+    try:                                           # checks the sum, then renames: whole or not there
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=known)
+    except Exception as error:
+        raise OSError(f"cannot download {name} ({error}): put {url} at {path}") from None
+    return path
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Inert:
+    """Stands for an object in a weight file whose class we do not want to run; keeps its attributes."""
+
+    def __init__(self, *args):
+        pass
+
+
+class Reader(pickle.Unpickler):
+    """Reads what torch.save and torch.jit.save write, and constructs nothing but tensors and dicts.
+
+    A pickle is a small program that may call any function it can name; here it can name only what
+    find_class hands out.  Both kinds of file are uncompressed zip archives, `<root>/data.pkl` with
+    the objects and `<root>/data/<key>` with the bytes of each tensor.
+    """
+
+    def __init__(self, archive):
+        name = min((n for n in archive.namelist() if n.split("/")[-1] == "data.pkl"), key=len)
+        self.archive, self.root, self.storages = archive, name[:-len("data.pkl")], {}
+        super().__init__(archive.open(name))
+
+    def find_class(self, module, name):
+        if module == "torch" and name.endswith("Storage"):
+            return {"Half": torch.half, "BFloat16": torch.bfloat16, "Float": torch.float, "Double": torch.double,
+                    "Long": torch.long, "Int": torch.int, "Short": torch.short, "Char": torch.int8,
+                    "Byte": torch.uint8, "Bool": torch.bool}[name[:-len("Storage")]]
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return self.tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter") or module == "torch.jit._pickle":
+            return lambda value, *_: value                              # type tags and gradients: not needed
+        if module == "collections" and name in ("OrderedDict", "defaultdict"):
+            return lambda *_: OrderedDict()
+        if module.split(".")[0] == "__torch__" or module.startswith(("torch.optim.", "dassl.")):
+            return Inert                                                # a TorchScript module; an optimiser
+        raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no weight file needs")
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, _ = pid                                       # "storage", type, key, device, size
+        if key not in self.storages:
+            data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+            self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self.storages[key]
+
+    @staticmethod
+    def tensor(storage, offset, size, stride, *_):
+        if torch.Size(size).numel() > len(storage):
+            raise pickle.UnpicklingError("a tensor larger than its data")
+        return storage.as_strided(size, stride, offset)
+
+
+def read_archive(path):
+    """The object in a file written by torch.save or torch.jit.save, without running any code from it:
+    modules and optimisers come as Inert.  Raises ValueError for a damaged file or any other content.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > pathlib.Path(path).stat().st_size:
+                raise ValueError("it would unpack to more than its own size")
+            return Reader(archive).load()
+    except OSError:
+        raise
+    except Exception as error:                     # damaged bytes can fail in any way; none is our caller's
+        raise ValueError(f"{path} cannot be read as weights (cut short, damaged or of another kind): {error}") from None
+
+
+def tensors(obj, prefix=""):
+    """{dotted name: tensor} of a state dict, or of a TorchScript module as Inert objects."""
+    found = {}
+    for name, value in (obj if isinstance(obj, dict) else getattr(obj, "__dict__", {})).items():
+        if isinstance(value, torch.Tensor):
+            found[f"{prefix}{name}"] = value
+        elif isinstance(value, Inert):
+            found |= tensors(value, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,470 @@
+"""Images for few-shot learning: read a dataset's folder, draw the shots, cut the crops.
+
+    from data import load_dataset, few_shot, crops
+    dataset = load_dataset("./dtd")                              # name, classnames, train, val, test, template
+    shots = few_shot(dataset.train, 4, random.Random(1))         # 4 images per class: [(path, label), ...]
+    for i, pixels in crops([(path, [0, 1]) for path, _ in shots], R=224):
+        ...                                                      # crops 0 and 1 of image i: (2, 224, 224, 3) uint8
+
+Know before: a dataset is three lists of (path, label); nothing is decoded until it is needed.
+To take away: the same seed draws the same images as the official code, and a crop is a pure
+function of the image and the epoch n, so whatever is computed from it need be computed only once.
+
+Read in this order: Dataset and few_shot, the crops, the readers, the download, the drawn textures.
+Needs torch, numpy and pillow, and none of its neighbours.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import shutil
+import sqlite3
+import sys
+import tarfile
+import time
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])         # of CLIP's training pixels, by channel
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+TEST = -1                                                        # as crop number: the test crop
+
+
+@dataclasses.dataclass
+class Dataset:
+    """train, val, test: lists of (path, label), label an index into classnames; template: the
+    hand-written prompt that the zero-shot baseline uses, with {} for the class name.
+    """
+    name: str
+    classnames: list
+    train: list
+    val: list
+    test: list
+    template: str = "a photo of a {}."
+
+
+def few_shot(items, shots, rng):
+    """`shots` items of each class (all of them where there are fewer), with rng a random.Random.
+
+    Classes come in the order of their first item. With rng = Random(seed), first over the training
+    list and then, with the same rng, over the validation list, these are the official code's images.
+    """
+    groups = {}
+    for item in items:
+        groups.setdefault(item[1], []).append(item)
+    return [item for group in groups.values()
+            for item in (rng.sample(group, shots) if shots <= len(group) else group)]
+
+
+# ---- Crops --------------------------------------------------------------------------------------
+
+def read_image(path):
+    """Any picture that Pillow reads, as RGB; its EXIF rotation is left alone, as in the official code."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:                     # Pillow raises a dozen kinds for damaged files
+        raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+def test_crop(image, R):
+    """The short side resized to R (bicubic), then the square in the middle."""
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if long > 50 * short:                          # a hair: cut off what is far from the middle before enlarging
+        keep = 50 * short
+        left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
+        return test_crop(image.crop((left, top, left + min(width, keep), top + min(height, keep))), R)
+    side = int(R * long / short)
+    width, height = (R, side) if width <= height else (side, R)
+    left, top = round((width - R) / 2), round((height - R) / 2)
+    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + R, top + R))
+
+
+def train_crop(image, R, rng):
+    """A random part of the picture, 8 to 100 % of its area and 3:4 to 4:3 in shape, resized to
+    R x R, mirrored half of the time: the "random resized crop" of torchvision.
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    else:                                          # nothing fitted: the middle, as wide or as high as allowed
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    image = image.crop((left, top, left + w, top + h)).resize((R, R), Image.BICUBIC)
+    return image.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+
+
+def cut(path, numbers, R):
+    """Crops of one picture, decoded once: crop n of epoch n, or TEST -> (len(numbers), R, R, 3) uint8.
+
+    The dice of crop n are seeded with the file's name, its folder's name and n, nothing else.
+    """
+    image, name = read_image(path), "/".join(pathlib.Path(path).parts[-2:])
+    return np.stack([np.asarray(test_crop(image, R) if n == TEST else train_crop(image, R, random.Random(f"{name} {n}")))
+                     for n in numbers])
+
+
+def crops(jobs, R):
+    """For jobs [(path, [n, ...]), ...] yield (job's index, its crops), in order, decoded ahead by threads."""
+    workers, waiting = os.cpu_count() or 1, collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        for i, (path, numbers) in enumerate(jobs):
+            waiting.append((i, pool.submit(cut, path, numbers, R)))
+            if len(waiting) > workers + 1:
+                i, future = waiting.popleft()
+                yield i, future.result()
+        for i, future in waiting:
+            yield i, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def normalise(pixels):
+    """uint8 (B, R, R, 3) -> float32 (B, 3, R, R) with CLIP's mean and standard deviation, in
+    channels-last memory; on the tensor's device.
+    """
+    mean, std = MEAN.to(pixels.device), STD.to(pixels.device)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+class FeatureCache:
+    """Feature vectors on disk, by image file and crop number, in one SQLite file for one set of weights.
+
+    SQLite makes every group of rows whole or absent, and lets several processes share the file.
+    A file counts as the same while its path, size and time of change are; a row whose checksum is
+    wrong counts as absent, and a file that SQLite calls damaged is thrown away and started anew.
+    """
+
+    def __init__(self, path):
+        self.path, self.waiting, self.written = pathlib.Path(path), [], time.time()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.sql("CREATE TABLE IF NOT EXISTS features (image TEXT, n INTEGER, crc INTEGER, vector BLOB, PRIMARY KEY (image, n))")
+
+    def sql(self, command, rows=((),)):
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+                return [row for parameters in rows for row in db.execute(command, parameters)]
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:        # a full disk, a lock, no permission, ...
+                raise OSError(f"feature cache {self.path}: {error}") from None
+            print(f"feature cache {self.path} is damaged ({error}): starting it anew", file=sys.stderr)
+            self.path.unlink()
+            self.__init__(self.path)
+            return []
+
+    @staticmethod
+    def key(path):
+        stat = os.stat(path)
+        return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+
+    def get(self, paths):
+        """For each path {crop number: vector}."""
+        found = {}
+        keys = [self.key(path) for path in paths]
+        for key, n, crc, vector in self.sql("SELECT * FROM features WHERE image = ?", [(key,) for key in set(keys)]):
+            if zlib.crc32(vector) == crc:
+                found.setdefault(key, {})[n] = np.frombuffer(vector, np.float32)
+        return [found.get(key, {}) for key in keys]
+
+    def put(self, paths, numbers, vectors):
+        """Remember vectors (B, e) float32 of crops numbers[i] of paths[i]; written every ten seconds."""
+        for path, n, vector in zip(paths, numbers, vectors):
+            self.waiting.append((self.key(path), n, zlib.crc32(vector.tobytes()), vector.tobytes()))
+        if time.time() - self.written > 10:
+            self.flush()
+
+    def flush(self):
+        self.sql("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", self.waiting)
+        self.waiting, self.written = [], time.time()
+
+
+# ---- Readers ------------------------------------------------------------------------------------
+
+KNOWN = {   # split file: (name, image folder, template)
+    "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
+    "split_zhou_Caltech101.json": ("caltech-101", "101_ObjectCategories", "a photo of a {}."),
+    "split_zhou_EuroSAT.json": ("eurosat", "2750", "a centered satellite photo of {}."),
+    "split_zhou_OxfordFlowers.json": ("oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
+    "split_zhou_OxfordPets.json": ("oxford_pets", "images", "a photo of a {}, a type of pet."),
+    "split_zhou_Food101.json": ("food-101", "images", "a photo of {}, a type of food."),
+    "split_zhou_StanfordCars.json": ("stanford_cars", ".", "a photo of a {}."),
+    "split_zhou_SUN397.json": ("sun397", "SUN397", "a photo of a {}."),
+    "split_zhou_UCF101.json": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}."),
+}
+
+
+def load_dataset(root):
+    """The dataset in a folder, by the first reader that fits (README, "Your own images").
+
+    Raises ValueError, with what was expected, if none does or if the files contradict each other.
+    """
+    root = pathlib.Path(root)
+    if root.name == "dtd":
+        download_dtd(root)
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder (expected a dataset, or class folders with images)")
+    splits = sorted(root.glob("split_zhou_*.json"))
+    if splits:
+        dataset = read_split(root, splits[0])
+    elif (root / "labels" / "train1.txt").is_file():
+        dataset = read_dtd(root)
+    elif (root / "images_variant_train.txt").is_file():
+        dataset = read_aircraft(root)
+    elif (root / "classnames.txt").is_file():
+        dataset = read_imagenet(root)
+    elif (root / "train").is_dir() and (root / "test").is_dir():
+        parts = [read_folders(root / p) if (root / p).is_dir() else {} for p in ("train", "val", "test")]
+        names = list(parts[0])
+        for part in parts[1:]:
+            if set(part) - set(names):
+                raise ValueError(f"{root}: class {min(set(part) - set(names))!r} has no folder in {root / 'train'}")
+        dataset = Dataset(root.name, names, *([(p, names.index(c)) for c in part for p in part[c]] for part in parts))
+    else:
+        dataset = read_class_folders(root)
+    return check(dataset, root)
+
+
+def check(dataset, root):
+    """The dataset, or ValueError where it cannot be worked with."""
+    for label, name in enumerate(dataset.classnames):
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise ValueError(f"{root}: class {label} has the name {name!r}; expected printable text")
+    if len(dataset.classnames) < 2 or not dataset.test:
+        raise ValueError(f"{root}: {len(dataset.classnames)} classes and {len(dataset.test)} test images; "
+                         "expected at least 2 classes and some test images")
+    missing = [p for part in (dataset.train, dataset.val, dataset.test) for p, _ in part if not os.path.isfile(p)]
+    if missing:
+        raise ValueError(f"{root}: {len(missing)} images of the split are missing, the first is {missing[0]}. "
+                         "Is the archive unpacked in full?")
+    return dataset
+
+
+def read_split(root, file):
+    """The paper's split files: {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}."""
+    name, folder, template = KNOWN.get(file.name, (root.name, "images", Dataset.template))
+    try:
+        split = json.loads(file.read_text(encoding="utf-8"))
+        parts = [[(root / folder / path, label, classname) for path, label, classname in split[part]]
+                 for part in ("train", "val", "test")]
+        names = {label: classname for part in parts for _, label, classname in part}
+        outside = [path for part in split.values() for path, _, _ in part if ".." in path.split("/") or path[:1] == "/"]
+        if set(names) != set(range(len(names))) or outside:
+            raise ValueError(f"path {outside[0]!r} points outside" if outside else "labels are not 0 .. K - 1")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
+                         '{"train": [[path, label, class name], ...], "val": ..., "test": ...}') from None
+    return Dataset(name, [names[i] for i in range(len(names))],
+                   *([(path, label) for path, label, _ in part] for part in parts), template)
+
+
+def read_dtd(root):
+    """DTD as its authors ship it: images/<class>/*.jpg and the first of their ten splits."""
+    print(f"{root}: no split_zhou_DescribableTextures.json, so DTD's own split 1 is used: accuracy does not "
+          "compare with the paper's", file=sys.stderr)
+    lines = [(root / "labels" / f"{part}1.txt").read_text().split() for part in ("train", "val", "test")]
+    names = sorted({line.split("/")[0] for part in lines for line in part})
+    return Dataset("dtd", names, *([(root / "images" / line, names.index(line.split("/")[0])) for line in part]
+                                   for part in lines), "{} texture.")
+
+
+def read_aircraft(root):
+    """FGVC Aircraft: variants.txt names the classes; the lists hold "1025794 707-320"."""
+    names = (root / "variants.txt").read_text().split("\n")
+    names = [name.strip() for name in names if name.strip()]
+    parts = []
+    for part in ("train", "val", "test"):
+        lines = (root / f"images_variant_{part}.txt").read_text().split("\n")
+        pairs = [line.strip().split(" ", 1) for line in lines if line.strip()]
+        unknown = [pair for pair in pairs if pair[-1] not in names]
+        if unknown:
+            raise ValueError(f"{root / f'images_variant_{part}.txt'}: {' '.join(unknown[0])!r} names no class of variants.txt")
+        parts.append([(root / "images" / f"{image}.jpg", names.index(name)) for image, name in pairs])
+    return Dataset("fgvc_aircraft", names, *parts, "a photo of a {}, a type of aircraft.")
+
+
+def read_imagenet(root):
+    """ImageNet (images/train, images/val; test is val) or a variant that has only test images.
+
+    classnames.txt: "n01440764 tench". Class folders are named n01440764, or 0 .. 999 (ImageNetV2) for
+    the lines of classnames.txt. A and R hold 200 of the classes: those present are the classes.
+    """
+    lines = [line.split(" ", 1) for line in (root / "classnames.txt").read_text().split("\n") if line.strip()]
+    names = {key: name.strip() for key, name in ((line[0], line[-1]) for line in lines)}
+    names |= {str(i): names[key] for i, key in enumerate(list(names))}
+    folder = root / "images" if (root / "images" / "val").is_dir() else None
+    if folder:
+        train, test = read_folders(folder / "train"), read_folders(folder / "val")
+    else:                                          # the images are in the one folder that has class folders
+        inner = [f for f in sorted(root.iterdir()) if f.is_dir() and any(g.name in names for g in f.iterdir() if g.is_dir())]
+        train, test = {}, read_folders(inner[0] if inner else root)
+    keys = sorted(train or test, key=lambda key: (int(key), "") if key.isdigit() else (-1, key))
+    unknown = [key for key in {**train, **test} if key not in names or key not in keys]
+    if unknown:
+        raise ValueError(f"{root}: folder {unknown[0]} is not in classnames.txt or has no training images")
+    return Dataset(root.name, [names[key] for key in keys],
+                   *([(p, keys.index(key)) for key in keys for p in part.get(key, [])] for part in (train, {}, test)))
+
+
+def read_folders(folder):
+    """{class: sorted image paths} from folder/<class>/*; classes sorted, hidden files and text passed over."""
+    found, formats = {}, Image.registered_extensions()
+    for sub in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
+        images = sorted(f for f in os.listdir(sub) if not f.startswith(".") and os.path.splitext(f)[1].lower() in formats)
+        if images:
+            found[sub.name] = [sub / image for image in images]
+    if not found:
+        raise ValueError(f"{folder} has no class folders with images (expected {folder / '<class>' / '*.jpg'})")
+    return found
+
+
+MENDED = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",     # Caltech101
+          "AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",         # EuroSAT
+          "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
+          "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}
+
+
+def read_class_folders(root):
+    """Class folders alone, in the folder or its images/: half of each class is for training, a fifth
+    for validation, the rest for testing, after a shuffle that is always the same.
+    """
+    name, folder, template = next((k for k in KNOWN.values() if k[1] not in (".", "images", "jpg") and (root / k[1]).is_dir()),
+                                  (root.name, "images" if (root / "images").is_dir() else ".", Dataset.template))
+    groups = {c: paths for c, paths in read_folders(root / folder).items() if c not in ("BACKGROUND_Google", "Faces_easy")}
+    parts, rng = ([], [], []), random.Random(1)
+    for label, paths in enumerate(groups.values()):
+        rng.shuffle(paths)
+        ends = [0, round(0.5 * len(paths)), round(0.7 * len(paths)), len(paths)]
+        for part, start, stop in zip(parts, ends, ends[1:]):
+            part += [(path, label) for path in paths[start:stop]]
+    mended = MENDED if (root / folder) != root else {}
+    return Dataset(name, [mended.get(c, c) for c in groups], *parts, template)
+
+
+# ---- Downloading DTD ----------------------------------------------------------------------------
+
+DTD = ("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
+       "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205")
+DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/"
+             "splits/split_zhou_DescribableTextures.json", "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
+
+
+def download(url, sha256, path, size):
+    """Fetch a file to path, whole and with the right checksum or not at all; OSError if it fails."""
+    print(f"downloading {size} from {url} to {path}", file=sys.stderr)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except Exception as error:
+        raise OSError(f"cannot download {url} ({error}); put it at {path}") from None
+
+
+def download_dtd(root):
+    """Bring the images and the paper's split to a folder called dtd, whichever is not there yet."""
+    if not root.exists():
+        print(f"{root} does not exist: fetching the Describable Textures Dataset", file=sys.stderr)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        archive, folder = root.parent / "dtd-r1.0.1.tar.gz", root.parent / "dtd.unpacking"
+        if not (archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == DTD[1]):
+            download(*DTD, archive, "600 MB")
+        shutil.rmtree(folder, ignore_errors=True)
+        unpack(archive, folder)
+        (folder / "dtd").rename(root)              # only now is there a folder called dtd: it is complete
+        folder.rmdir()
+    split = root / "split_zhou_DescribableTextures.json"
+    if (root / "labels" / "train1.txt").is_file() and not split.is_file():
+        try:
+            download(*DTD_SPLIT, split, "0.6 MB")
+        except OSError as error:
+            print(f"note: {error}", file=sys.stderr)
+
+
+def unpack(archive, folder):
+    """Unpack the plain files of a tar archive; one that would land outside the folder raises ValueError."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            target = (folder / member.name).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise ValueError(f"{archive}: member {member.name!r} points outside; nothing more is unpacked")
+            if member.isfile():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(target, "wb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
+
+
+# ---- Drawn textures: a picture world for the demo, with nothing to download ---------------------
+
+TEXTURES = {   # DTD's names for: (pattern, is its ink light on dark ground); None: either
+    "dotted": ("dots", True), "perforated": ("dots", False),
+    "lined": ("lines", True), "grooved": ("lines", False),
+    "grid": ("grid", True), "meshed": ("grid", False),
+    "honeycombed": ("hexagons", True), "scaly": ("hexagons", False),
+    "striped": ("stripes", None), "chequered": ("squares", None), "zigzagged": ("zigzag", None), "spiralled": ("spiral", None),
+}
+
+
+def draw_texture(name, rng, negative=False, size=64):
+    """A picture (size, size, 3) uint8 of a texture in two random colours, drawn with rng, a numpy Generator."""
+    pattern, light_ink = TEXTURES[name]
+    f = 2 * np.pi * rng.uniform(3, 6)
+    y, x = (np.mgrid[:size, :size] + 0.5) / size - rng.uniform(0.3, 0.7, (2, 1, 1))
+    angle = rng.uniform(0, np.pi)
+    u, v = f * (x * np.cos(angle) + y * np.sin(angle)), f * (y * np.cos(angle) - x * np.sin(angle))
+    height = {"dots": lambda: np.cos(u) + np.cos(v) - 0.9,
+              "lines": lambda: np.cos(u) - 0.6,
+              "grid": lambda: np.maximum(np.cos(u), np.cos(v)) - 0.75,
+              "hexagons": lambda: 0.3 - (np.cos(u) + np.cos(u / 2 + v * 0.866) + np.cos(u / 2 - v * 0.866)),
+              "stripes": lambda: np.sin(u),
+              "squares": lambda: np.sin(u) * np.sin(v),
+              "zigzag": lambda: np.sin(v + 2 * np.arcsin(np.sin(u))),
+              "spiral": lambda: np.sin(np.hypot(u, v) + np.arctan2(v, u))}[pattern]()
+    ink = 1 / (1 + np.exp(-rng.uniform(6, 16) * height))[..., None]              # soft or sharp edges
+    dark, light = rng.uniform(0, 0.45, 3), rng.uniform(0.55, 1, 3)
+    if light_ink is None:
+        light_ink = rng.random() < 0.5
+    if light_ink == negative:
+        dark, light = light, dark
+    picture = dark + (light - dark) * ink + rng.normal(0, rng.uniform(0, 0.15), (size, size, 3))
+    return (255 * picture.clip(0, 1)).astype(np.uint8)
+
+
+CAPTIONS = ["{d}{n}.", "a {d}{n} texture.", "a {d}photo of a {n} texture.", "a {d}picture of something {n}.",
+            "a {d}{n} pattern.", "a {d}view of a {n} surface.", "something {n}, a {d}photo."]
+
+
+def draw_pairs(count, seed=0):
+    """What the demo's small CLIP learns from: pictures (count, 64, 64, 3) uint8 of all textures at all
+    distances, and their captions, half of which mention the distance.
+    """
+    rng, pictures, captions = np.random.default_rng(seed), [], []
+    for i in range(count):
+        name, negative = list(TEXTURES)[i % len(TEXTURES)], bool(rng.random() < 0.4)
+        pictures.append(draw_texture(name, rng, negative))
+        said = "negative " if negative and rng.random() < 0.7 else ""
+        captions.append(str(rng.choice(CAPTIONS)).format(d=said, n=name))
+    return np.stack(pictures), captions
+
+
+def draw_dataset(root, negative=True, counts=(("train", 32), ("val", 8), ("test", 60)), seed=1):
+    """A folder of drawn pictures, root/<part>/<class>/<number>.png, all of them from one distance."""
+    rng = np.random.default_rng(seed)
+    for part, count in counts:
+        for name in TEXTURES:
+            folder = pathlib.Path(root) / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw_texture(name, rng, negative)).save(folder / f"{i:03}.png")
