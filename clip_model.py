@@ -18,6 +18,7 @@ Read in this order: contrastive_loss (what CLIP was trained for), CLIP, its enco
 encode_prompts, Block, the two image encoders, then loading.  Needs torch and none of its neighbours.
 """
 import hashlib
+import io
 import pathlib
 import pickle
 import sys
@@ -427,7 +428,12 @@ class Reader(pickle.Unpickler):
     def __init__(self, archive):
         name = min((n for n in archive.namelist() if n.split("/")[-1] == "data.pkl"), key=len)
         self.archive, self.root, self.storages = archive, name[:-len("data.pkl")], {}
-        super().__init__(archive.open(name))
+        super().__init__(io.BytesIO(self.member(name)))
+
+    def member(self, name):
+        if self.archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError(f"{name} is compressed and might unpack to any size")
+        return self.archive.read(name)                                  # checks the sum of its bytes
 
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
@@ -447,7 +453,7 @@ class Reader(pickle.Unpickler):
     def persistent_load(self, pid):
         _, dtype, key, _, _ = pid                                       # "storage", type, key, device, size
         if key not in self.storages:
-            data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+            data = bytearray(self.member(f"{self.root}data/{key}"))
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self.storages[key]
 
@@ -464,8 +470,6 @@ def read_archive(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > pathlib.Path(path).stat().st_size:
-                raise ValueError("it would unpack to more than its own size")
             return Reader(archive).load()
     except OSError:
         raise

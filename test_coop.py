@@ -1,0 +1,628 @@
+"""What this project claims, held against code that is not ours.
+
+    pip install -r requirements.txt pytest && pip install --no-deps clip-anytorch==2.6.0
+    python -m pytest -q                              # the proofs
+    python test_coop.py                              # the benchmark: every speed claim of README, measured
+
+Each docstring is a theorem and the test its check, on small random models; the oracles are OpenAI's
+own model.py and simple_tokenizer.py (out of the clip-anytorch package, loaded file by file: the
+package itself no longer imports), PyTorch's modules, and formulas written out. Where it could be
+missed that a check has become empty, a control stands beside it that has to fail.
+"""
+import gzip
+import importlib.util
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import random
+import re
+import subprocess
+import sys
+import unicodedata
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import clip_model
+import coop
+import data
+from clip_model import CLIP
+from coop import PromptLearner
+from tokenizer import Tokenizer
+
+HERE = pathlib.Path(__file__).parent
+NAMES = ["banded", "polka-dotted", "cobwebbed", "a_long name, with 3 digits: 224", "grid"]
+
+
+def openai(module):
+    """OpenAI's clip/model.py or clip/simple_tokenizer.py."""
+    package = importlib.util.find_spec("clip")
+    if package is None:
+        pytest.skip("needs OpenAI's code as oracle: pip install --no-deps clip-anytorch==2.6.0")
+    path = pathlib.Path(package.submodule_search_locations[0]) / f"{module}.py"
+    spec = importlib.util.spec_from_file_location(f"openai_{module}", path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def openai_clip(e=32, resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, patch=None, vocab_size=514,
+                width=128, layers=2, double=True, seed=0):
+    """OpenAI's class with random weights; BatchNorm statistics and gains as if it had been trained."""
+    module = openai("model")
+    if double:
+        module.LayerNorm = torch.nn.LayerNorm            # theirs goes through fp32
+    torch.manual_seed(seed)
+    model = module.CLIP(e, resolution, vision_layers, vision_width, patch, 77, vocab_size, width, width // 64, layers).eval()
+    for name, value in [*model.named_buffers(), *model.named_parameters()]:
+        if value.dim() == 4:
+            value.data.normal_(0, (2 / value[0].numel()) ** 0.5)
+        elif "running_var" in name or "bn" in name.split(".")[-2:][0] and name.endswith("weight"):
+            value.data.uniform_(0.5, 1.5)
+        elif "running_mean" in name or name.endswith("bias"):
+            value.data.normal_(0, 0.1)
+        elif "positional" in name or "token_embedding" in name:
+            value.data.normal_(0, 0.3)
+    if double:
+        model.double()
+        for block in model.transformer.resblocks:
+            block.attn_mask = block.attn_mask.double()
+    return model.requires_grad_(False)
+
+
+def ours(model):
+    """Our CLIP with the weights of OpenAI's, in the same precision."""
+    return CLIP.from_state_dict(model.state_dict()).to(model.text_projection.dtype).requires_grad_(False)
+
+
+def plain_text_features(model, embeddings, eot):
+    """The textbook: K x 77 token embeddings through OpenAI's text encoder, read at eot."""
+    x = embeddings + model.positional_embedding
+    x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+    return model.ln_final(x)[torch.arange(len(x)), eot] @ model.text_projection
+
+
+def plain_prompts(model, tokenizer, learner_V, names, position):
+    """The K x 77 embeddings of CoOp's prompts, written as the paper does: a sentence with a placeholder
+    x in each of the M places, whose embeddings V then replaces. -> (K, 77, d), eot (K,)
+    """
+    M, rows, eot = learner_V.shape[-2], [], []
+    for i, name in enumerate(names):
+        V, name = (learner_V[i] if learner_V.dim() == 3 else learner_V), name.replace("_", " ")
+        before = {"end": M, "middle": M // 2, "front": 0}[position]
+        sentence = " ".join(["x"] * before + [name] + ["x"] * (M - before)) + "." if position != "end" else " ".join(["x"] * M + [name + "."])
+        ids = tokenizer([sentence])
+        row = model.token_embedding(ids)[0]
+        start = 1 + before + len(tokenizer.encode(name))
+        pieces = [row[:1], V[:before], row[1 + before:start], V[before:], row[1 + M + len(tokenizer.encode(name)):]]
+        rows.append(torch.cat(pieces))
+        eot.append(int(ids.argmax()))
+    return torch.stack(rows), torch.tensor(eot)
+
+
+def relative(a, b):
+    """Distance of a from b, as a part of b's length."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- tokenizer.py -------------------------------------------------------------------------------
+
+def varied_strings(count=6000):
+    """Strings of many kinds: words, all of Unicode, emoji, entities, control characters, long words."""
+    dice = random.Random(0)
+    planes = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE00), (0x3040, 0x30FF),
+              (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0x2000, 0x2BFF), (0x0, 0x20), (0x80, 0xA0), (0xFF00, 0xFFEF)]
+    words = ["photo", "cat's", "they'LL", "don’t", "“quoted”", "&amp;amp;", "&lt;b&gt;", "&eacute;", "x" * 300, "3.14159", "polka-dotted",
+             "Ünïcödé", "ﬁne", "ÃƒÂ©", "İstanbul", "ß", "</w>", "<|endoftext|>", "<|startoftext|>", "\u200d", "👩‍🚀", "...", ":-)", "\t\n", "١٢٣", "a_b"]
+    out = ["", " ", "a photo of a cat", "\x00", "\ufeff"]
+    while len(out) < count:
+        pieces = [dice.choice(words) if dice.random() < 0.4 else
+                  "".join(chr(dice.randint(*plane)) for plane in [dice.choice(planes)] for _ in range(dice.randint(1, 9)))
+                  for _ in range(dice.randint(1, 8))]
+        out.append(dice.choice(["", " ", "  "]).join(pieces))
+    return out
+
+
+def test_tokenizer_equals_openais():
+    """Same ids as simple_tokenizer.py on 6,000 varied strings, and the same text back."""
+    theirs, mine = openai("simple_tokenizer").SimpleTokenizer(), Tokenizer.openai()
+    assert mine.vocab_size == 49408 and mine.sot == 49406 and mine.eot == 49407
+    lengths = set()
+    for text in varied_strings():
+        ids = mine.encode(text)
+        assert ids == theirs.encode(text), repr(text)
+        assert mine.decode(ids) == theirs.decode(ids), repr(text)
+        lengths.add(len(ids))
+    assert len(lengths) > 50, "the strings are too much alike to prove anything"
+    dice = random.Random(1)                              # ids in any order need not be UTF-8
+    for _ in range(500):
+        ids = [dice.randrange(49408) for _ in range(9)]
+        assert mine.decode(ids) == theirs.decode(ids)
+
+
+def test_tokenizer_call():
+    """A row is sot, ids, eot, zeros; a text that does not fit is named with both lengths."""
+    tokenizer = Tokenizer.openai()
+    assert tokenizer("a photo of a cat")[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+    assert tokenizer(["a", "b c"], length=9).shape == (2, 9)
+    long = "very " * 80
+    with pytest.raises(ValueError, match=rf"82 tokens.*77.*{long}"):
+        tokenizer(["fine", long])
+    assert (tokenizer("very " * 75)[0] != 0).all()       # 75 + 2 = 77 just fits
+
+
+def test_byte_tokenizer():
+    """Without merges every byte is a token: 256, the same ending a word, and two special ones."""
+    tokenizer = Tokenizer()
+    assert (tokenizer.vocab_size, tokenizer.sot, tokenizer.eot) == (514, 512, 513)
+    assert len(tokenizer.encode("grid")) == 4 and tokenizer.decode(tokenizer.encode("Zwölf grid")) == "zwölf grid "
+    one_merge = Tokenizer([("a", "b</w>")])
+    assert one_merge.encode("ab") == [512] and len(one_merge.encode("abc")) == 3
+
+
+def test_vocabulary_is_found_checked_and_missed_in_one_line(tmp_path, monkeypatch):
+    """Cache first, then installed packages; a damaged one is passed over; none at all: one line with the place."""
+    import tokenizer as module
+    real = module.find_vocabulary()
+    monkeypatch.setattr(module.pathlib.Path, "home", lambda: tmp_path)
+    cached = tmp_path / ".cache" / "clip" / module.VOCABULARY
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(real.read_bytes())
+    assert module.find_vocabulary() == cached
+    cached.write_bytes(real.read_bytes()[:-1])
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "URL", "http://127.0.0.1:9/nothing")
+    with pytest.raises(OSError, match=re.escape(str(cached))) as caught:
+        Tokenizer.openai()
+    assert "\n" not in str(caught.value)
+    for damaged in (real.read_bytes()[:5000], b"", b"\x1f\x8b junk", gzip.compress(b"header\na b c\n"), gzip.compress(b"\xff\xfe")):
+        cached.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not CLIP's vocabulary"):
+            Tokenizer.openai(cached)
+
+
+# ---- clip_model.py ------------------------------------------------------------------------------
+
+SHAPES = {   # of OpenAI's model cards: e, resolution, vision layers, vision width, patch, text width
+    "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512), "ViT-B/32": (512, 224, 12, 768, 32, 512),
+    "RN101": (512, 224, (3, 4, 23, 3), 64, None, 512), "RN50x4": (640, 288, (4, 6, 10, 6), 80, None, 640),
+    "RN50x16": (768, 384, (6, 8, 18, 8), 96, None, 768), "RN50x64": (1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    "ViT-B/16": (512, 224, 12, 768, 16, 512), "ViT-L/14": (768, 224, 24, 1024, 14, 768),
+    "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_encoders_equal_openais(name):
+    """Image and text features of all nine architectures, inferred from the shapes alone, within 1e-5 of
+    OpenAI's in fp32. RN50 and ViT-B/32 at full size, the others at full width, one layer each.
+    """
+    e, resolution, vision_layers, vision_width, patch, width = SHAPES[name]
+    full = name in ("RN50", "ViT-B/32")
+    if not full:
+        vision_layers = (1, 1, 2, 1) if isinstance(vision_layers, tuple) else 2
+    tokenizer = Tokenizer.openai() if full else Tokenizer()
+    theirs = openai_clip(e, resolution, vision_layers, vision_width, patch, tokenizer.vocab_size, width, 12 if full else 1, double=False)
+    mine = ours(theirs)
+    assert (mine.resolution, mine.context_length, mine.vocab_size) == (resolution, 77, tokenizer.vocab_size)
+    x, ids = torch.randn(2, 3, resolution, resolution), tokenizer(["a photo of a cat", "grid " * 14])
+    f, g = mine.encode_image(x), mine.encode_text(ids)
+    assert f.shape == g.shape == (2, e)
+    assert relative(f, theirs.encode_image(x)) < 1e-5 and relative(g, theirs.encode_text(ids)) < 1e-5
+    assert relative(f[:1], f[1:]) > 1e-2 and relative(g[:1], g[1:]) > 1e-2      # control: inputs matter
+    clip_model.prepare_images(mine)
+    assert relative(mine.encode_image(x), f) < 1e-5
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in mine.modules())
+
+
+def test_nothing_right_of_eot_matters():
+    """Garbage right of eot leaves g(t) alone; garbage left of it does not."""
+    clip, tokenizer = ours(openai_clip()), Tokenizer()
+    ids = tokenizer(["a grid", "polka"])
+    g = clip.encode_text(ids)
+    right, left = ids.clone(), ids.clone()
+    right[0, 20:], left[0, 2] = 7, 7
+    assert torch.allclose(clip.encode_text(right)[0], g[0], atol=1e-12)
+    assert not torch.allclose(clip.encode_text(left)[0], g[0], atol=1e-3)
+
+
+VARIANTS = [(position, csc) for position in ("end", "middle", "front") for csc in (False, True)]
+
+
+@pytest.mark.parametrize("position, csc", VARIANTS)
+def test_packed_equals_plain(position, csc):
+    """encode_prompts on one packed sequence = OpenAI's encoder on K x 77 columns, in float64 to 1e-10,
+    in value and in the gradient of V; also in small groups, and with activations recomputed.
+    """
+    model, tokenizer = openai_clip(), Tokenizer()
+    clip = ours(model)
+    learner = PromptLearner(clip, tokenizer, NAMES, M=5, position=position, csc=csc)
+    learner.V.data.normal_()
+    plain = plain_text_features(model, *plain_prompts(model, tokenizer, learner.V, NAMES, position))
+    weight = torch.randn_like(plain)
+    expected, = torch.autograd.grad((plain * weight).sum(), learner.V)
+    assert expected.abs().min() > 0
+    for group, keep in ((512, 2048), (30, 2048), (512, 0), (30, 0), (1, 0)):
+        clip.GROUP, clip.KEEP = group, keep
+        packed = clip.encode_prompts(*learner())
+        gradient, = torch.autograd.grad((packed * weight).sum(), learner.V)
+        assert relative(packed, plain) < 1e-10 and relative(gradient, expected) < 1e-10, (group, keep)
+    wrong = learner()[1].clone()
+    wrong[0] += torch.randn(len(wrong[0]))               # control: the first class's own token, and only it
+    changed = (clip.encode_prompts(learner()[0], wrong, learner.lengths) - packed).norm(dim=1) / packed.norm(dim=1)
+    assert changed[0] > 1e-3 and changed[1:].max() < 1e-10
+
+
+def test_prompt_too_long_for_the_model():
+    clip = ours(openai_clip())
+    with pytest.raises(ValueError, match="78 tokens; this model reads 77"):
+        clip.encode_prompts(torch.zeros(8, 128).double(), torch.zeros(70, 128).double(), [70])
+
+
+def test_contrastive_loss_is_the_papers():
+    """Mean over both directions of -log softmax on the diagonal, written out."""
+    f, g, scale = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(1.3)
+    cosine = [[sum(a * b) / (a.norm() * b.norm()) for b in g] for a in f]
+    s = scale.exp() * torch.tensor(cosine)
+    by_hand = sum(-s[i, i] + s[i].exp().sum().log() - s[i, i] + s[:, i].exp().sum().log() for i in range(4)) / 8
+    assert torch.allclose(clip_model.contrastive_loss(f, g, scale), by_hand, atol=1e-5)
+
+
+def test_pretrain_learns_to_match():
+    """Three colours and three words: after training each picture is nearest to its own word."""
+    torch.manual_seed(0)
+    tokenizer, words = Tokenizer(), ["red", "green", "blue"]
+    clip = CLIP(16, clip_model.ModifiedResNet(32, [1, 1, 1, 1], 8, 16), 64, 1, 77, 514)
+    colour = torch.arange(60) % 3
+    images = torch.randn(60, 3, 32, 32) * 0.3 + F.one_hot(colour, 3)[:, :, None, None]
+    losses = []
+    clip_model.pretrain(clip, images, tokenizer([words[c] for c in colour]), 60, batch=12, progress=lambda _, loss: losses.append(loss.item()))
+    with torch.no_grad():
+        assert coop.evaluate(clip.encode_image(images), clip.encode_text(tokenizer(words)), colour) > 90
+    assert losses[-1] < losses[0] and not clip.training
+
+
+# ---- weight files -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A TorchScript archive as OpenAI ships them: traced, mixed fp16 and fp32, three scalar entries."""
+    module, path = openai("model"), tmp_path_factory.mktemp("weights") / "traced.pt"
+    model = openai_clip(double=False)
+    for name, value in {"input_resolution": 64, "context_length": 77, "vocab_size": 514}.items():
+        model.__dict__.pop(name, None)
+        model.register_buffer(name, torch.tensor(value))
+    traced = torch.jit.trace(model, (torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 77))), check_trace=False)
+    module.convert_weights(model)
+    torch.jit.save(traced, path)
+    return path
+
+
+def test_archive_is_read_bit_for_bit(archive):
+    """Our reader finds in a traced archive exactly the tensors that torch.jit.load finds."""
+    expected, found = torch.jit.load(archive).state_dict(), clip_model.tensors(clip_model.read_archive(archive))
+    assert found.keys() == expected.keys() and {v.dtype for v in found.values()} >= {torch.float16, torch.float32}
+    assert all(found[k].dtype == expected[k].dtype and torch.equal(found[k], expected[k]) for k in expected)
+    clip = clip_model.load(archive)
+    assert clip.text_projection.dtype == torch.float32 and not any(p.requires_grad for p in clip.parameters())
+    assert not clip.training and clip.sha256 == __import__("hashlib").sha256(archive.read_bytes()).hexdigest()
+
+
+def test_state_dict_is_read_bit_for_bit(tmp_path):
+    """A state dict saved by torch, with non-contiguous and shared tensors, of every usual type."""
+    base = torch.randn(6, 4)
+    sd = {"a": base, "b": base.T, "c": base[1:3, 2], "half": base.half(), "bf16": base.bfloat16(), "long": torch.arange(3),
+          "bool": torch.tensor([True, False]), "scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "p": torch.nn.Parameter(base)}
+    torch.save(sd, tmp_path / "sd.pt")
+    found = clip_model.read_archive(tmp_path / "sd.pt")
+    assert found.keys() == sd.keys()
+    assert all(torch.equal(found[k], sd[k]) and found[k].dtype == sd[k].dtype for k in sd)
+
+
+class Evil:
+    """Unpickled by the ordinary reader, this creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_weight_files_run_no_code(tmp_path):
+    """A pickle that calls a function raises and the function is not called; the control shows that it would be."""
+    torch.save({"text_projection": Evil(tmp_path / "pwned")}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="wants to call .*open"):
+        clip_model.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "pwned").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "pwned").exists()
+
+
+def test_unusable_weight_files(tmp_path, archive):
+    """Cut short, bit-flipped, compressed, of another kind, NaN, a tensor beyond its data: ValueError, one line."""
+    whole, bad = archive.read_bytes(), tmp_path / "bad.pt"
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    sd = clip_model.tensors(clip_model.read_archive(archive))
+    buffers = []
+    for change in ({"logit_scale": torch.tensor(float("nan"))}, {"ln_final.weight": torch.zeros(3)}, {"stranger": torch.zeros(3)}):
+        buffers.append(io.BytesIO())
+        torch.save({**sd, **change}, buffers[-1])
+    del sd["visual.conv1.weight"]
+    buffers.append(io.BytesIO())
+    torch.save(sd, buffers[-1])
+    for content, words in ((whole[:-100], "cut short"), (whole[:1000], "cut short"), (b"", "cut short"), (bytes(flipped), "cut short"),
+                           (bomb.getvalue(), "compressed"), (b"hello", "another kind"), (buffers[0].getvalue(), "NaN"),
+                           (buffers[1].getvalue(), "ln_final"), (buffers[2].getvalue(), "stranger"), (buffers[3].getvalue(), "visual.conv1")):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=words) as caught:
+            clip_model.load(bad)
+        assert "\n" not in str(caught.value) and "bad.pt" in str(caught.value)
+    with pytest.raises(ValueError, match=r"RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px"):
+        clip_model.load("RN51")
+
+
+def test_a_tensor_cannot_reach_beyond_its_data():
+    for size, stride, offset in (((3,), (1,), 2), ((10**9,), (0,), 0), ((2, 2), (3, 1), 0)):
+        with pytest.raises((pickle.UnpicklingError, RuntimeError)):
+            clip_model.Reader.tensor(torch.zeros(4), offset, size, stride)
+
+
+@pytest.mark.skipif(not (pathlib.Path.home() / ".cache/clip/ViT-B-32.pt").is_file(),
+                    reason="needs OpenAI's weights: python -c 'import clip_model; clip_model.load(\"ViT-B/32\")'")
+def test_known_features_of_the_real_model():
+    """ViT-B/32's features of a sentence, as published for fp16: 1e-2 apart at most."""
+    g = clip_model.load("ViT-B/32").encode_text(Tokenizer.openai()("a portrait of an astronaut with the American flag"))
+    known = torch.tensor([-0.16626, 0.052277, -0.15332, 0.44946, 0.20667, -0.29565, 0.040588, -0.41016, -0.15027, 0.31934])
+    assert (g[0, :10] - known).abs().max() < 1e-2
+
+
+# ---- data.py ------------------------------------------------------------------------------------
+
+def pictures(folder, names, count=4, size=(40, 30), suffix=".png"):
+    """A small folder of class folders with noise in them."""
+    dice = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.fromarray(dice.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / name / f"{name[:3]}_{i}{suffix}")
+    return folder
+
+
+def test_few_shot_is_the_official_draw():
+    """Seed s: group by first appearance, sample each with random.Random(s), then the validation list with
+    the same generator; written out by hand. A class with too few gives all it has.
+    """
+    train, val = [(f"t{i}", [2, 0, 1][i % 3]) for i in range(30)], [(f"v{i}", i % 3) for i in range(9)]
+    rng, check = random.Random(7), random.Random(7)
+    drawn, drawn_val = data.few_shot(train, 4, rng), data.few_shot(val, 4, rng)
+    by_hand = [(f"t{i}", label) for offset, label in enumerate([2, 0, 1]) for i in check.sample(range(offset, 30, 3), 4)]
+    assert drawn == by_hand and drawn_val == [(f"v{i}", label) for label in range(3) for i in (label, label + 3, label + 6)]
+    assert data.few_shot(train, 4, random.Random(8)) != drawn
+    assert len(data.few_shot(train, 11, random.Random(7))) == 30
+
+
+def test_test_crop():
+    """Short side to R with the long side rounded down, then R x R with rounded offsets, by Pillow's own resize."""
+    dice = np.random.default_rng(0)
+    for width, height in ((300, 200), (200, 301), (64, 64), (37, 53), (1, 1), (500, 11)):
+        image = Image.fromarray(dice.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        if width <= height:
+            full = image.resize((64, int(64 * height / width)), Image.BICUBIC)
+        else:
+            full = image.resize((int(64 * width / height), 64), Image.BICUBIC)
+        left, top = int(round((full.width - 64) / 2.0)), int(round((full.height - 64) / 2.0))
+        assert np.array_equal(np.asarray(data.test_crop(image, 64)), np.asarray(full)[top:top + 64, left:left + 64])
+    assert data.test_crop(Image.new("RGB", (20000, 1)), 64).size == data.test_crop(Image.new("RGB", (3, 9000)), 64).size == (64, 64)
+
+
+class Recorder:
+    """Stands for a Pillow image and notes which part is cut out of it."""
+
+    def __init__(self, width, height):
+        self.size, self.boxes, self.flips = (width, height), [], 0
+
+    def crop(self, box):
+        self.boxes.append(box)
+        return self
+
+    def resize(self, size, how):
+        assert size == (32, 32) and how == Image.BICUBIC
+        return self
+
+    def transpose(self, how):
+        assert how == Image.FLIP_LEFT_RIGHT
+        self.flips += 1
+        return self
+
+
+def test_train_crop_is_a_random_resized_crop():
+    """Area uniform in 8 to 100 %, ratio log-uniform in 3:4 to 4:3, corner uniform over where it fits,
+    flipped half of the time: means and limits over 4,000 crops against those of the definition.
+    """
+    image, dice = Recorder(400, 400), random.Random(0)
+    for _ in range(4000):
+        data.train_crop(image, 32, dice)
+    left, top, right, bottom = np.array(image.boxes, float).T
+    w, h = right - left, bottom - top
+    area, ratio = w * h / 400 ** 2, w / h
+    assert left.min() == 0 and right.max() == 400 and top.min() == 0 and bottom.max() == 400
+    assert 0.079 < area.min() < 0.09 and area.max() > 0.97 and 0.745 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.34
+    small = area < 0.5                                   # of these nearly all first tries fit: uniform, log-uniform
+    assert abs(area[small].mean() - 0.29) < 0.01 and abs(np.log(ratio[small]).mean()) < 0.01
+    assert abs(np.log(ratio[small]).std() - 2 * math.log(4 / 3) / 12 ** 0.5) < 0.01
+    assert abs((left / (400 - w))[w < 350].mean() - 0.5) < 0.02 and abs(image.flips / 4000 - 0.5) < 0.03
+    for size, box in (((1000, 10), (493, 0, 506, 10)), ((10, 1000), (0, 493, 10, 506)), ((1, 1), (0, 0, 1, 1))):
+        image = Recorder(*size)                          # too thin for any try: the middle part of ratio 4:3 or 3:4
+        data.train_crop(image, 32, random.Random(0))
+        assert image.boxes == [box]
+
+
+def test_crops_are_a_pure_function_of_image_and_epoch(tmp_path):
+    """Crop (i, n) is the same whatever else is asked for and wherever the folder lies; another n differs."""
+    pictures(tmp_path / "one", ["a", "b"])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "one").rename(tmp_path / "elsewhere" / "two")
+    pictures(tmp_path / "one", ["a", "b"])
+    here, there = sorted((tmp_path / "one").glob("*/*")), sorted((tmp_path / "elsewhere" / "two").glob("*/*"))
+    found = dict(data.crops([(path, [0, 1, 2, data.TEST]) for path in here], 32))
+    assert sorted(found) == list(range(8)) and found[0].shape == (4, 32, 32, 3) and found[0].dtype == np.uint8
+    for i, pixels in data.crops([(path, [2, 0]) for path in there], 32):
+        assert np.array_equal(pixels, found[i][[2, 0]])
+    assert len({pixels.tobytes() for all_of_one in found.values() for pixels in all_of_one}) == 32
+
+
+def test_normalise():
+    pixels = torch.randint(0, 256, (2, 5, 6, 3), dtype=torch.uint8)
+    x = data.normalise(pixels)
+    assert x.shape == (2, 3, 5, 6)
+    assert x[1, 2, 3, 4].item() == pytest.approx((pixels[1, 3, 4, 2].item() / 255 - 0.40821073) / 0.27577711, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16", "LA", "animated"])
+def test_any_mode_becomes_rgb_and_exif_is_left_alone(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode in ("CMYK",) else "x.gif" if mode == "animated" else "x.png")
+    image = Image.fromarray(np.arange(48 * 32, dtype=np.uint16).reshape(32, 48)) if mode == "I;16" else Image.new("RGB", (48, 32), (9, 99, 200))
+    if mode == "animated":
+        image.save(path, save_all=True, append_images=[Image.new("RGB", (48, 32))])
+    else:
+        image = image if mode == "I;16" else image.convert(mode)
+        exif = Image.Exif()
+        exif[0x0112] = 6                                 # "turn by 90 degrees"
+        image.save(path, exif=exif)
+    rgb = data.read_image(path)
+    assert rgb.mode == "RGB" and rgb.size == (48, 32)
+
+
+def write_split(root, file, folder, names, parts=("train", "val", "test")):
+    pictures(root / folder, names, 6)
+    images = {name: sorted(p.relative_to(root / folder).as_posix() for p in (root / folder / name).iterdir()) for name in names}
+    split = {part: [[path, label, name] for label, name in enumerate(names) for path in images[name][2 * i:2 * i + 2]] for i, part in enumerate(parts)}
+    (root / file).write_text(json.dumps(split))
+
+
+@pytest.mark.parametrize("file", data.KNOWN)
+def test_split_files(tmp_path, file):
+    """Each of the paper's split files: name, image folder and template as in the table; order kept."""
+    name, folder, template = data.KNOWN[file]
+    write_split(tmp_path, file, folder, ["zebra", "aardvark"])
+    dataset = data.load_dataset(tmp_path)
+    assert (dataset.name, dataset.template, dataset.classnames) == (name, template, ["zebra", "aardvark"])
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [4, 4, 4]
+    assert dataset.train[0] == (tmp_path / folder / "zebra" / "zeb_0.png", 0)
+
+
+def test_dtd_as_its_authors_ship_it(tmp_path, capsys, monkeypatch):
+    """images/<class>/ and labels/; says that the split is not the paper's; offline the missing split is no error."""
+    root = tmp_path / "dtd"
+    pictures(root / "images", ["banded", "grid"], 3)
+    (root / "labels").mkdir()
+    for i, part in enumerate(("train", "val", "test")):
+        (root / "labels" / f"{part}1.txt").write_text(f"banded/ban_{i}.png\ngrid/gri_{i}.png\n")
+    monkeypatch.setattr(data, "DTD_SPLIT", ("http://127.0.0.1:9/none", "0"))
+    dataset = data.load_dataset(root)
+    assert "does not compare" in capsys.readouterr().err
+    assert dataset.classnames == ["banded", "grid"] and dataset.template == "{} texture."
+    assert dataset.test == [(root / "images" / "banded" / "ban_2.png", 0), (root / "images" / "grid" / "gri_2.png", 1)]
+
+
+def test_aircraft(tmp_path):
+    pictures(tmp_path, ["images"], 6, suffix=".jpg")
+    (tmp_path / "variants.txt").write_text("707-320\nDC 10\n")
+    for i, part in enumerate(("train", "val", "test")):
+        (tmp_path / f"images_variant_{part}.txt").write_text(f"ima_{2 * i} DC 10\nima_{2 * i + 1} 707-320\n")
+    dataset = data.load_dataset(tmp_path)
+    assert dataset.name == "fgvc_aircraft" and dataset.classnames == ["707-320", "DC 10"]
+    assert dataset.val == [(tmp_path / "images" / "ima_2.jpg", 1), (tmp_path / "images" / "ima_3.jpg", 0)]
+
+
+def test_imagenet_and_its_variants(tmp_path):
+    """Folders are sorted, names come from classnames.txt; test is val; A and R keep the classes they hold; V2 counts."""
+    text = "n02 great white shark\nn01 tench\nn03 crane bird\n"
+    for part in ("train", "val"):
+        pictures(tmp_path / "imagenet" / "images" / part, ["n02", "n01", "n03"], 2, suffix=".JPEG")
+    pictures(tmp_path / "imagenet-a" / "imagenet-a", ["n01", "n03"], 1)
+    (tmp_path / "imagenet-a" / "imagenet-a" / "README.txt").write_text("x")
+    pictures(tmp_path / "imagenetv2" / "imagenetv2-matched-frequency-format-val", ["0", "2", "10"], 1)
+    for name in ("imagenet", "imagenet-a", "imagenetv2"):
+        (tmp_path / name / "classnames.txt").write_text(text if name != "imagenetv2" else "".join(f"n{i:02} name {i}\n" for i in range(12)))
+    imagenet, a, v2 = (data.load_dataset(tmp_path / name) for name in ("imagenet", "imagenet-a", "imagenetv2"))
+    assert imagenet.classnames == ["tench", "great white shark", "crane bird"] and len(imagenet.train) == len(imagenet.test) == 6
+    assert a.classnames == ["tench", "crane bird"] and not a.train and len(a.test) == 2
+    assert v2.classnames == ["name 0", "name 2", "name 10"] and [label for _, label in v2.test] == [0, 1, 2]
+
+
+def test_folders_with_parts(tmp_path):
+    for part in ("train", "test"):
+        pictures(tmp_path / part, ["b", "a"], 3)
+    dataset = data.load_dataset(tmp_path)
+    assert dataset.classnames == ["a", "b"] and (len(dataset.train), len(dataset.val), len(dataset.test)) == (6, 0, 6)
+    pictures(tmp_path / "val", ["c"], 1)
+    with pytest.raises(ValueError, match="class 'c' has no folder in"):
+        data.load_dataset(tmp_path)
+
+
+def test_class_folders_alone(tmp_path):
+    """50 / 20 / 30 of each class, no image twice, always the same; known folders mend their class names."""
+    pictures(tmp_path / "mine", ["a", "b"], 10)
+    dataset = data.load_dataset(tmp_path / "mine")
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [10, 4, 6] and dataset.template == "a photo of a {}."
+    assert len({path for part in (dataset.train, dataset.val, dataset.test) for path, _ in part}) == 20
+    assert dataset == data.load_dataset(tmp_path / "mine") and dataset.train != sorted(dataset.train)
+    pictures(tmp_path / "caltech" / "101_ObjectCategories", ["Faces", "Faces_easy", "BACKGROUND_Google", "ant"], 4)
+    caltech = data.load_dataset(tmp_path / "caltech")
+    assert caltech.classnames == ["face", "ant"] and caltech.name == "caltech-101"
+    pictures(tmp_path / "eurosat" / "2750", ["AnnualCrop", "Forest"], 4)
+    eurosat = data.load_dataset(tmp_path / "eurosat")
+    assert eurosat.classnames == ["Annual Crop Land", "Forest"] and "satellite" in eurosat.template
+
+
+def test_unpacking_stays_inside(tmp_path):
+    """A tar member that points outside raises, and nothing is written there; links are not made."""
+    import tarfile
+    for name in ("../outside.txt", "/tmp/../outside.txt", "dtd/../../outside.txt"):
+        with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+            link = tarfile.TarInfo("dtd/link")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(link)
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+        with pytest.raises(ValueError, match="points outside"):
+            data.unpack(tmp_path / "evil.tar", tmp_path / "into")
+        assert not (tmp_path / "outside.txt").exists() and not (tmp_path / "into" / "dtd" / "link").exists()
+
+
+def test_feature_cache(tmp_path, capsys):
+    """What was put comes back bit for bit; a changed image, a flipped byte and a ruined file count as absent."""
+    image = pictures(tmp_path, ["a"], 2) / "a" / "a_0.png"
+    other, file, vectors = tmp_path / "a" / "a_1.png", tmp_path / "cache" / "f.sqlite", np.random.rand(3, 8).astype(np.float32)
+    cache = data.FeatureCache(file)
+    cache.put([image, image, other], [0, data.TEST, 5], vectors)
+    cache.flush()
+    again = data.FeatureCache(file)
+    first, second, absent = again.get([image, other, tmp_path / "a"])
+    assert np.array_equal(first[0], vectors[0]) and np.array_equal(first[-1], vectors[1]) and np.array_equal(second[5], vectors[2]) and not absent
+    content = bytearray(file.read_bytes())
+    place = content.find(vectors[0].tobytes())
+    content[place + 3] ^= 1
+    file.write_bytes(content)
+    assert set(again.get([image])[0]) == {-1}, "a wrong checksum is absent"
+    os.utime(other, (1, 1))
+    assert again.get([other]) == [{}], "a changed file is another image"
+    file.write_bytes(b"no database " * 100)
+    assert again.get([image]) == [{}] and "damaged" in capsys.readouterr().err
+    again.put([image], [0], vectors[:1])
+    again.flush()
+    assert np.array_equal(data.FeatureCache(file).get([image])[0][0], vectors[0])
