@@ -57,18 +57,19 @@ class PromptLearner(nn.Module):
         if M < 1:
             raise ValueError("no context to learn: M must be at least 1, and --init must hold a word")
 
+        names = [name.replace("_", " ") for name in classnames]
+        length = {name: len(tokenizer.encode(name)) for name in names}
+        longest, room = max(names, key=length.get), clip.context_length - 3      # without sot, full stop, eot
+        if length[longest] + M > room:
+            raise ValueError(f"class name {longest!r} is too long: {length[longest]} tokens, the model reads {room - 1} at "
+                             f"most" if length[longest] >= room else f"M = {M} is too large: with the {length[longest]} tokens "
+                             f"of class {longest!r} the largest that fits in {clip.context_length} is {room - length[longest]}")
+
         # A prompt is written as numbers: a token id, or vocab_size + m for the place of vector V_m.
         prompts, shared = [], {"end": M, "middle": M // 2, "front": 0}[position]
-        for i, name in enumerate(classnames):
-            name = name.replace("_", " ")
-            ids = tokenizer.encode(name + ".")           # encoded with its full stop, as in the sentence
-            room, length = clip.context_length - 3, len(ids) - 1                 # sot, full stop, eot
-            if length + M > room:
-                raise ValueError(f"class name {name!r} is too long: {length} tokens, the model reads {room - 1} at most"
-                                 if length >= room else f"M = {M} is too large: with the {length} tokens of class "
-                                 f"{name!r} the largest that fits in {clip.context_length} is {room - length}")
+        for i, name in enumerate(names):
+            ids, cut = tokenizer.encode(name + "."), length[name]                # encoded with its full stop, as in the sentence
             V = [clip.vocab_size + (i * M if csc else 0) + m for m in range(M)]
-            cut = len(tokenizer.encode(name))
             prompts.append([tokenizer.sot, *V[:shared], *ids[:cut], *V[shared:], *ids[cut:], tokenizer.eot])
         shared = 1 if csc else 1 + shared                # how many tokens all prompts have in common
         self.lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
@@ -154,8 +155,8 @@ def zero_shot(clip, tokenizer, template, classnames):
 class Progress:
     """One line about long work: how far, how long still. Rewritten in place on a terminal."""
 
-    def __init__(self, what, total):
-        self.what, self.total, self.start, self.said = what, total, time.time(), time.time()
+    def __init__(self, what, total, advice=""):
+        self.what, self.total, self.start, self.said, self.advice = what, total, time.time(), time.time(), advice
         self.often = 0.3 if sys.stderr.isatty() else 30
 
     def __call__(self, done, note=""):
@@ -163,13 +164,16 @@ class Progress:
         if now - self.said < self.often and (done < self.total or self.said == self.start):
             return                                       # short work says nothing
         self.said, left = now, (now - self.start) / done * (self.total - done)
+        if left > 300 and self.advice:
+            print(f"note: {self.what} will take {left / 60:.0f} minutes; {self.advice}", file=sys.stderr)
+            self.advice = ""
         line = f"{self.what}: {done} of {self.total}{note}, " + (
             f"{left:.0f} s left" if done < self.total else f"{now - self.start:.1f} s")
         end = "\n" if done == self.total or not sys.stderr.isatty() else ""
         print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
 
 
-def image_features(clip, jobs, cache=None, what="encoding crops"):
+def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     """Features (number of crops in all jobs, e) fp32 of jobs [(path, [crop number, ...]), ...], in order.
 
     What the cache (data.FeatureCache) holds is not computed again; what is computed is put there.
@@ -186,7 +190,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops"):
             todo.append((path, {n: row for n, row in rows.items() if n not in known}))
         row += len(numbers)
 
-    progress, done, waiting = Progress(what, sum(len(rows) for _, rows in todo)), 0, []
+    progress, done, waiting = Progress(what, sum(len(rows) for _, rows in todo), advice), 0, []
     with torch.inference_mode():
         for i, pixels in data.crops([(path, list(rows)) for path, rows in todo], clip.resolution):
             waiting += [(todo[i][0], n, row, crop) for (n, row), crop in zip(todo[i][1].items(), pixels)]
@@ -211,8 +215,9 @@ def training_features(clip, items, T, views, seed, cache=None):
         for batch in epoch:
             needed[batch, n % crops] = True
     jobs = [(path, row.nonzero().flatten().tolist()) for (path, _), row in zip(items, needed)]
+    advice = f"--views 10 would encode at most {10 * len(items)} crops instead (approximate, see README)" if crops > 10 else ""
     features = torch.full((*needed.shape, clip.text_projection.shape[1]), float("nan"))
-    features[needed] = image_features(clip, jobs, cache)
+    features[needed] = image_features(clip, jobs, cache, advice=advice)
     return features
 
 
@@ -317,11 +322,13 @@ def run(args):
     print(f"CLIP {backbone}, {frozen / 1e6:.1f} M parameters, frozen, on {args.device}; "
           f"to learn: V {' or '.join(str(tuple(learner.V.shape)) for learner in learners)}")
     print(f"{dataset.name}: K = {len(dataset.classnames)} classes, {len(dataset.train)} training and {len(dataset.test)} test images")
+    if max(args.shots) and not dataset.train:
+        raise ValueError(f"{args.data} has test images only: use --shots 0")
     smallest = min(collections.Counter(label for _, label in dataset.train).values(), default=0)
     if smallest < max(args.shots):
         print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
     common = {"dataset": dataset.name, "backbone": backbone, "classes": "all", "n_test": len(dataset.test),
-              "precision": args.precision, "device": args.device, "torch": torch.__version__}
+              "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
     results = []
 
     def record(result, note):
@@ -367,7 +374,7 @@ def parse(argv):
     source.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a dataset, or a folder of class folders")
     source.add_argument("--demo", action="store_true", help="drawn textures and a small CLIP trained here, nothing to download")
     add("--shots", type=at_least(0), nargs="+", default=[16], metavar="N", help="training images per class; 0: zero-shot only")
-    add("--seeds", type=int, nargs="+", default=[1], metavar="S", help="of the drawn images, V's start and the batches")
+    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start and the batches")
     add("--backbone", default="RN50", help=f"a weight file or one of {', '.join(clip_model.MODELS)}")
     add("--M", type=at_least(1), nargs="+", default=[16], metavar="M", help="number of context vectors, the paper's M")
     add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands")
@@ -381,6 +388,7 @@ def parse(argv):
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="results.jsonl and the learned prompts")
     add("--cache", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "coop", metavar="DIR", help="image features; the demo")
     add("--no-cache", action="store_true", help="encode all images again and keep nothing")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")           # one line
     args = parser.parse_args(argv)
     args.csc = {"yes": [True], "no": [False], "both": [False, True]}[args.csc]
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")

@@ -21,7 +21,7 @@ import random
 import re
 import subprocess
 import sys
-import unicodedata
+import warnings
 import zipfile
 
 import numpy as np
@@ -298,12 +298,15 @@ def archive(tmp_path_factory):
     for name, value in {"input_resolution": 64, "context_length": 77, "vocab_size": 514}.items():
         model.__dict__.pop(name, None)
         model.register_buffer(name, torch.tensor(value))
-    traced = torch.jit.trace(model, (torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 77))), check_trace=False)
-    module.convert_weights(model)
-    torch.jit.save(traced, path)
+    with warnings.catch_warnings():                      # torch says that TorchScript is on its way out: indeed
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 77))), check_trace=False)
+        module.convert_weights(model)
+        torch.jit.save(traced, path)
     return path
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.load")
 def test_archive_is_read_bit_for_bit(archive):
     """Our reader finds in a traced archive exactly the tensors that torch.jit.load finds."""
     expected, found = torch.jit.load(archive).state_dict(), clip_model.tensors(clip_model.read_archive(archive))
@@ -462,7 +465,7 @@ def test_train_crop_is_a_random_resized_crop():
     small = area < 0.5                                   # of these nearly all first tries fit: uniform, log-uniform
     assert abs(area[small].mean() - 0.29) < 0.01 and abs(np.log(ratio[small]).mean()) < 0.01
     assert abs(np.log(ratio[small]).std() - 2 * math.log(4 / 3) / 12 ** 0.5) < 0.01
-    assert abs((left / (400 - w))[w < 350].mean() - 0.5) < 0.02 and abs(image.flips / 4000 - 0.5) < 0.03
+    assert abs((left[w < 350] / (400 - w[w < 350])).mean() - 0.5) < 0.02 and abs(image.flips / 4000 - 0.5) < 0.03
     for size, box in (((1000, 10), (493, 0, 506, 10)), ((10, 1000), (0, 493, 10, 506)), ((1, 1), (0, 0, 1, 1))):
         image = Recorder(*size)                          # too thin for any try: the middle part of ratio 4:3 or 3:4
         data.train_crop(image, 32, random.Random(0))
@@ -626,3 +629,290 @@ def test_feature_cache(tmp_path, capsys):
     again.put([image], [0], vectors[:1])
     again.flush()
     assert np.array_equal(data.FeatureCache(file).get([image])[0][0], vectors[0])
+
+
+# ---- coop.py: the method ------------------------------------------------------------------------
+
+def test_learning_rate_is_pytorchs_cosine_with_a_constant_first_epoch():
+    """The official scheduler: one epoch at 1e-5, then CosineAnnealingLR(0.002, T), which starts at its epoch 0."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.002)
+    cosine, expected = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50), [1e-5]
+    for _ in range(49):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        cosine.step()
+    assert [coop.learning_rate(n, 50) for n in range(50)] == pytest.approx(expected, abs=1e-15)
+
+
+def test_batches():
+    """Each epoch a permutation in batches of 32, the rest dropped; fewer than 32 images are one batch; by seed."""
+    for N, sizes in ((188, [32] * 5), (64, [32, 32]), (12, [12]), (33, [32])):
+        epochs = coop.batches(N, 4, seed=1)
+        assert [[len(b) for b in epoch] for epoch in epochs] == [sizes] * 4
+        for epoch in epochs:
+            seen = torch.cat(epoch)
+            assert len(seen.unique()) == len(seen) and seen.max() < N
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    assert not torch.equal(epochs[0][0], coop.batches(33, 4, seed=2)[0][0]) and torch.equal(epochs[3][0], coop.batches(33, 4, seed=1)[3][0])
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_prompt_of_words_is_the_sentence(position):
+    """With V the embeddings of "x x x x" the learner's prompts are the sentences, for CLIP's real vocabulary too."""
+    tokenizer = Tokenizer.openai()
+    torch.manual_seed(0)
+    clip = CLIP(32, clip_model.VisionTransformer(32, 32, 64, 1, 32), 64, 2).double().requires_grad_(False)
+    sentence = {"end": "a photo of a {}.", "middle": "a photo {} of a.", "front": "{} a photo of a."}[position]
+    for csc in (False, True):
+        learner = PromptLearner(clip, tokenizer, NAMES, 99, position, csc, init="a photo of a")
+        assert learner.V.shape == ((len(NAMES), 4, 64) if csc else (4, 64))
+        names = [name.replace("_", " ") for name in NAMES]
+        g = clip.encode_text(tokenizer([sentence.format(name) for name in names]))
+        assert relative(clip.encode_prompts(*learner()), g) < 1e-10
+        assert relative(coop.zero_shot(clip, tokenizer, sentence, NAMES), g) < 1e-12
+    assert sum(p.numel() for p in learner.parameters()) == learner.V.numel(), "V is the only parameter"
+
+
+def test_prompt_learner_starts_from_noise_of_two_hundredths():
+    torch.manual_seed(0)
+    clip = ours(openai_clip())
+    V = PromptLearner(clip, Tokenizer(), ["a", "b"], M=60, csc=True).V
+    assert V.shape == (2, 60, 128) and abs(V.std().item() - 0.02) < 0.001 and abs(V.mean().item()) < 0.001
+    words, _, _ = PromptLearner(clip, Tokenizer(), ["a", "b"])()
+    assert words.shape == (17, 128), "sot and M vectors are shared"
+    assert PromptLearner(clip, Tokenizer(), ["a", "b"], csc=True)()[0].shape == (1, 128)
+
+
+@pytest.mark.parametrize("position, csc", VARIANTS)
+def test_training_equals_the_textbook(position, csc):
+    """20 steps of the recipe on the K x 77 form with OpenAI's text encoder, in float64 and with the
+    optimiser written out, end in the same V to 1e-9, from the same start, features and batches.
+    """
+    model, tokenizer, T = openai_clip(layers=1), Tokenizer(), 10
+    clip = ours(model)
+    torch.manual_seed(1)
+    features, labels = torch.randn(70, T, 32).double(), torch.randint(0, len(NAMES), (70,))
+    learner = PromptLearner(clip, tokenizer, NAMES, 4, position, csc)
+    V, momentum = learner.V.detach().clone().requires_grad_(), 0
+    start = V.detach().clone()
+    for n in range(T):
+        rate = 1e-5 if n == 0 else 0.5 * 0.002 * (1 + math.cos(math.pi * (n - 1) / T))
+        for batch in coop.batches(70, T, seed=3)[n]:
+            g = plain_text_features(model, *plain_prompts(model, tokenizer, V, NAMES, position))
+            f = features[batch, n]
+            logits = model.logit_scale.exp() * (f / f.norm(dim=1, keepdim=True)) @ (g / g.norm(dim=1, keepdim=True)).T
+            loss = (logits.logsumexp(1) - logits[range(len(batch)), labels[batch]]).mean()
+            gradient, = torch.autograd.grad(loss, V)
+            momentum = 0.9 * momentum + gradient + 5e-4 * V.detach()
+            V.data -= rate * momentum
+    coop.train(clip, learner, features, labels, T, seed=3)
+    assert (learner.V - V).abs().max() < 1e-9 and (V - start).abs().max() > 1e-4
+    other = PromptLearner(clip, tokenizer, NAMES, 4, position, csc)
+    other.V.data.copy_(start)
+    coop.train(clip, other, features, labels, T, seed=4)
+    assert (other.V - V).abs().max() > 1e-6, "control: other batches, another V"
+
+
+def test_evaluate_is_percent_of_nearest_by_cosine():
+    f, g = torch.tensor([[1.0, 0.1], [0.0, 9.0], [5.0, 4.0], [-1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.1]])
+    assert coop.evaluate(f, g, torch.tensor([0, 1, 0, 0])) == 75.0
+
+
+def test_a_loss_that_is_no_number_stops_training():
+    clip = ours(openai_clip())
+    learner = PromptLearner(clip, Tokenizer(), NAMES, 2)
+    features = torch.randn(40, 3, 32).double()
+    features[:, 1] = float("inf")
+    with pytest.raises(ValueError, match=r"not a number at step 1 \(epoch 1\)"):
+        coop.train(clip, learner, features, torch.zeros(40, dtype=torch.long), 3)
+
+
+def test_memory_does_not_depend_on_the_number_of_classes():
+    """What autograd keeps for the backward pass, counted in bytes: with recomputation 40 times the
+    classes keep less than what a single group of KEEP tokens keeps without.
+    """
+    clip, kept = CLIP(8, clip_model.VisionTransformer(32, 32, 64, 1, 8), 64, 2, vocab_size=514).requires_grad_(False), []
+    for K in (100, 4000):
+        learner = PromptLearner(clip, Tokenizer(), [f"class {i}" for i in range(K)], 4)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.untyped_storage()) or t, lambda t: t):
+            clip.encode_prompts(*learner())
+        kept.append(sum({s.data_ptr(): s.nbytes() for s in saved}.values()) / len(learner.own_rows))
+    assert kept[1] < kept[0] / 4, kept
+
+
+# ---- coop.py: the command line ------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, archive):
+    """A folder of class folders, a weight file and the arguments that point to them."""
+    root = tmp_path_factory.mktemp("world")
+    for part, count in (("train", 6), ("val", 2), ("test", 3)):
+        pictures(root / "data" / part, ["banded", "grid", "polka-dotted"], count, (70, 80))
+    return ["--data", str(root / "data"), "--backbone", str(archive), "--device", "cpu", "--cache", str(root / "cache")]
+
+
+def command(arguments, out, capsys):
+    """Run the command line; -> exit code, what it printed, what it complained of."""
+    code = 0
+    try:
+        coop.main([*arguments, "--out", str(out)])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_from_folder_to_prompt(world, tmp_path, capsys):
+    """One command: the results file agrees with the screen, and the saved prompt with the results file."""
+    code, printed, _ = command([*world, "--shots", "1", "2", "--seeds", "0", "1", "--epochs", "2"], tmp_path, capsys)
+    results = lines(tmp_path)
+    assert code == 0 and [(r["method"], r["shots"], r["seed"]) for r in results] == [
+        ("zero-shot", 0, None), ("coop", 1, 0), ("coop", 1, 1), ("coop", 2, 0), ("coop", 2, 1)]
+    for key in ("method dataset backbone shots seed M position csc epochs views classes accuracy n_test seconds_images "
+                "seconds_training device torch").split():
+        assert all(key in r for r in results), key
+    for r in results:
+        assert f"{r['accuracy']:.2f} %" in printed and r["n_test"] == 9
+    mean = sum(r["accuracy"] for r in results[1:3]) / 2
+    spread = abs(results[1]["accuracy"] - results[2]["accuracy"]) / 2 ** 0.5
+    assert f"{mean:.2f} ± {spread:.2f}" in printed
+    prompt = clip_model.read_archive(tmp_path / "data-traced-2shot-seed1.pt")
+    assert prompt["classnames"] == ["banded", "grid", "polka-dotted"] and prompt["V"].shape == (16, 128)
+    assert prompt["settings"] == results[-1]
+    clip = clip_model.load(world[3])
+    learner = PromptLearner(clip, Tokenizer(), prompt["classnames"])
+    learner.V.data.copy_(prompt["V"])
+    g = F.normalize(clip.encode_prompts(*learner()), dim=1)
+    assert torch.allclose(g, prompt["text_features"], atol=1e-5)
+    test = data.load_dataset(world[1]).test
+    f = coop.image_features(clip, [(path, [data.TEST]) for path, _ in test])
+    assert coop.evaluate(f, g, torch.tensor([label for _, label in test])) == results[-1]["accuracy"]
+
+
+@pytest.mark.parametrize("options, name, shape", [
+    (["--csc"], "data-traced-1shot-seed1-csc.pt", (3, 16, 128)),
+    (["--position", "middle", "--M", "4"], "data-traced-1shot-seed1-M4-middle.pt", (4, 128)),
+    (["--init", "a photo of a"], "data-traced-1shot-seed1-M9-a-photo-of-a.pt", (9, 128)),
+    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1.pt", (16, 128))])
+def test_variants(world, tmp_path, capsys, options, name, shape):
+    code, _, err = command([*world, "--shots", "1", "--epochs", "2", *options], tmp_path, capsys)
+    assert code == 0, err
+    assert clip_model.read_archive(tmp_path / name)["V"].shape == shape
+
+
+def test_zero_shots(world, tmp_path, capsys):
+    code, printed, _ = command([*world, "--shots", "0", "--template", "{}"], tmp_path, capsys)
+    assert code == 0 and [r["method"] for r in lines(tmp_path)] == ["zero-shot"] and '"{}"' in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_same_command_same_numbers_and_no_image_encoded_twice(world, tmp_path, capsys, monkeypatch):
+    """A second run ends in the same V without encoding one image; fewer views, other M, csc, position and
+    more shots of the same seed encode only crops not seen before.
+    """
+    count = [0]
+    encode = CLIP.encode_image
+    monkeypatch.setattr(CLIP, "encode_image", lambda self, x: count.__setitem__(0, count[0] + len(x)) or encode(self, x))
+    arguments = [*world, "--epochs", "3", "--cache", str(tmp_path / "cache")]
+
+    def encoded(*options):
+        before = count[0]
+        code, _, err = command([*arguments, *options], tmp_path / "out", capsys)
+        assert code == 0, err
+        return count[0] - before
+
+    assert encoded("--shots", "2") == 9 + 6 * 3
+    V = clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1.pt")["V"]
+    assert encoded("--shots", "2") == 0
+    assert torch.equal(V, clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1.pt")["V"])
+    assert encoded("--shots", "2", "--csc", "both", "--M", "2", "--position", "front", "--views", "2") == 0
+    assert encoded("--shots", "2", "--epochs", "5") == 6 * 2
+    assert encoded("--shots", "4") == len({p for p, _ in data.few_shot(data.load_dataset(world[1]).train, 4, random.Random(1))}
+                                          - {p for p, _ in data.few_shot(data.load_dataset(world[1]).train, 2, random.Random(1))}) * 3
+    assert encoded("--shots", "2", "--no-cache") == 9 + 6 * 3
+    assert encoded("--shots", "2", "--precision", "bf16") == 9 + 6 * 3
+
+
+def test_only_crops_that_a_batch_uses_are_encoded():
+    """Of 40 images each epoch drops 8; their crops are neither encoded nor read (NaN would stop training)."""
+    items, seen = [(f"image {i}", 0) for i in range(40)], []
+    clip = ours(openai_clip())
+    original = coop.image_features
+    try:
+        coop.image_features = lambda clip, jobs, *_, **__: seen.extend(jobs) or torch.ones(sum(len(n) for _, n in jobs), 32)
+        features = coop.training_features(clip, items, 5, 0, seed=1)
+    finally:
+        coop.image_features = original
+    assert sum(len(numbers) for _, numbers in seen) == 5 * 32 and features.isfinite().all(-1).sum() == 5 * 32
+    coop.train(clip, PromptLearner(clip, Tokenizer(), ["a", "b"], 2), features.double(), torch.zeros(40, dtype=torch.long), 5, seed=1)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypatch):
+    """What was found, what was expected; no traceback, nothing written to --out."""
+    empty, cut = tmp_path / "empty", tmp_path / "cut.pt"
+    empty.mkdir()
+    cut.write_bytes(pathlib.Path(world[3]).read_bytes()[:5000])
+    ruined = pictures(tmp_path / "ruined", ["a", "b"], 6)
+    (ruined / "b" / "b_3.png").write_bytes((ruined / "b" / "b_3.png").read_bytes()[:700])
+    missing = tmp_path / "missing"
+    write_split(missing, "split_zhou_OxfordPets.json", "images", ["cat", "dog"])
+    (missing / "images" / "dog" / "dog_1.png").unlink()
+    (missing / "images" / "cat" / "cat_0.png").unlink()
+    long = pictures(tmp_path / "long", ["a", "b" * 80], 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def with_data(folder):
+        return ["--data", str(folder), *world[2:]]
+
+    for arguments, words in (
+            (with_data(tmp_path / "nowhere"), "nowhere is not a folder"),
+            (with_data(empty), "no class folders with images"),
+            (with_data(ruined), "b_3.png"),
+            (with_data(missing), r"2 images of the split are missing, the first is .*cat_0\.png"),
+            (with_data(long), "class name 'b{80}' is too long: 80 tokens, the model reads 73 at most"),
+            ([*world, "--backbone", "RN51"], "RN51.*RN50, RN101.*ViT-L/14@336px"),
+            ([*world, "--backbone", str(cut)], "cut.pt.*cut short"),
+            ([*world, "--M", "70"], "M = 70 is too large.*the largest that fits in 77 is 62"),
+            ([*world, "--shots", "-1"], "--shots: -1 .*0 or more"),
+            ([*world, "--shots", "x"], "--shots: invalid integer value: 'x'"),
+            ([*world, "--device", "cuda"], "finds no CUDA device"),
+            ([*world, "--template", "a photo"], "needs {}"),
+            ([], "one of the arguments --data --demo is required")):
+        out = tmp_path / "out"
+        code, _, err = command([*arguments, "--epochs", "1"], out, capsys)
+        complaint = [line for line in err.splitlines() if not line.startswith(("encoding", "note"))]
+        assert code == 2 and len(complaint) == 1 and complaint[0].startswith("error: "), (words, err)
+        assert re.search(words, complaint[0]), (words, err)
+        assert not out.exists() or not list(out.iterdir()), words
+
+
+def test_fewer_images_than_shots_are_all_used_and_it_is_said_once(world, tmp_path, capsys):
+    code, printed, _ = command([*world, "--shots", "7", "8", "--epochs", "1"], tmp_path, capsys)
+    assert code == 0 and printed.count("the smallest: 6") == 1
+
+
+def test_the_process_itself(world, tmp_path):
+    """As users start it: exit code 0 and a table; a mistake: exit code 2 and no traceback."""
+    run = subprocess.run([sys.executable, HERE / "coop.py", *world, "--shots", "1", "--epochs", "1", "--out", tmp_path],
+                         capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0 and "zero-shot" in run.stdout, run.stderr
+    run = subprocess.run([sys.executable, HERE / "coop.py", "--data", "nowhere"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    run = subprocess.run([sys.executable, HERE / "tokenizer.py", "a photo of a cat"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0 and "[49406, 320, 1125, 539, 320, 2368, 49407]" in run.stdout
+
+
+@pytest.mark.parametrize("file", ["tokenizer.py", "clip_model.py", "data.py"])
+def test_ground_floor_files_stand_alone(file, tmp_path):
+    """Copied alone into an empty folder, each imports and works."""
+    use = {"tokenizer.py": "from tokenizer import Tokenizer; assert Tokenizer()('ab').shape == (1, 77)",
+           "clip_model.py": "import torch, clip_model as c; "
+                            "m = c.CLIP(8, c.VisionTransformer(32, 16, 64, 1, 8), 64, 1); assert m.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 8)",
+           "data.py": "import random, data; assert data.few_shot([('a', 0), ('b', 1)], 1, random.Random(1)) == [('a', 0), ('b', 1)]"}[file]
+    (tmp_path / file).write_text((HERE / file).read_text())
+    subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
