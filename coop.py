@@ -308,7 +308,7 @@ def run(args):
     template = args.template or dataset.template
     torch.backends.cuda.matmul.allow_tf32 = True         # text encoder on CUDA: fp32 with TF32 products
     clip = clip_model.load(args.backbone, args.device)
-    clip = clip_model.prepare_images(clip, PRECISIONS[args.precision or ("fp16" if args.device == "cuda" else "fp32")])
+    clip = clip_model.prepare(clip, PRECISIONS[args.precision])
     bytes_only = Tokenizer()
     tokenizer = bytes_only if clip.vocab_size == bytes_only.vocab_size else Tokenizer.openai()
     if tokenizer.vocab_size != clip.vocab_size:

@@ -216,9 +216,9 @@ def test_encoders_equal_openais(name):
     assert f.shape == g.shape == (2, e)
     assert relative(f, theirs.encode_image(x)) < 1e-5 and relative(g, theirs.encode_text(ids)) < 1e-5
     assert relative(f[:1], f[1:]) > 1e-2 and relative(g[:1], g[1:]) > 1e-2      # control: inputs matter
-    clip_model.prepare_images(mine)
-    assert relative(mine.encode_image(x), f) < 1e-5
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in mine.modules())
+    clip_model.prepare(mine)
+    assert relative(mine.encode_image(x), f) < 1e-5 and relative(mine.encode_text(ids), g) < 1e-5
+    assert not any(isinstance(m, (torch.nn.BatchNorm2d, clip_model.QuickGELU)) for m in mine.modules())
 
 
 def test_nothing_right_of_eot_matters():
