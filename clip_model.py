@@ -450,7 +450,7 @@ class Reader(pickle.Unpickler):
             return self.tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter") or module == "torch.jit._pickle":
             return lambda value, *_: value                              # type tags and gradients: not needed
-        if module == "collections" and name in ("OrderedDict", "defaultdict"):
+        if (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict"), ("__builtin__", "dict")):
             return lambda *_: OrderedDict()
         if module.split(".")[0] == "__torch__" or module.startswith(("torch.optim.", "dassl.")):
             return Inert                                                # a TorchScript module; an optimiser

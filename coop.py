@@ -17,6 +17,8 @@ Read in this order: PromptLearner, train, evaluate; then image_features, run and
 """
 import argparse
 import collections
+import contextlib
+import functools
 import itertools
 import json
 import math
@@ -29,6 +31,7 @@ import statistics
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -107,12 +110,14 @@ def learning_rate(n, T):
     return 1e-5 if n == 0 else 0.001 * (1 + math.cos(math.pi * (n - 1) / T))
 
 
-def train(clip, learner, features, labels, T, seed=1, progress=lambda n, loss, accuracy: None):
+def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep=0.0, hand=None,
+          progress=lambda n, loss, accuracy: None):
     """Learn V by the paper's recipe; the result is V of the last epoch, in learner.
 
     features: (N, crops, e), features[i, n % crops] of the crop of image i in epoch n, computed
     beforehand: the image encoder is frozen, so f does not change while V does. labels: (N,).
-    Raises ValueError when the loss is not a number.
+    loss, keep, hand: not the paper's, see README "Beyond the paper"; hand (K, e) are the features of
+    hand-written prompts, of unit length. Raises ValueError when the loss is not a number.
     """
     optimizer = torch.optim.SGD([learner.V], lr=learning_rate(0, T), momentum=0.9, weight_decay=5e-4)
     for n, epoch in enumerate(batches(len(labels), T, seed)):
@@ -122,11 +127,13 @@ def train(clip, learner, features, labels, T, seed=1, progress=lambda n, loss, a
             f = F.normalize(features[batch, n % features.shape[1]], dim=-1)      # (B, e)
             g = F.normalize(clip.encode_prompts(*learner()), dim=-1)             # (K, e)
             logits = clip.logit_scale.exp() * f @ g.T                            # cosine / tau, (B, K)
-            loss = F.cross_entropy(logits, labels[batch])                        # -log of equation 1
+            value = loss(logits, labels[batch])                                  # -log of equation 1
+            if keep:
+                value = value + keep * (1 - (g * hand).sum(-1).mean())           # KgCoOp: stay near the hand-written words
             optimizer.zero_grad()
-            loss.backward()          # through the text encoder, whose weights stay: only V has a gradient
+            value.backward()         # through the text encoder, whose weights stay: only V has a gradient
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(value.detach())
             right += (logits.argmax(-1) == labels[batch]).sum()
         losses = torch.stack(losses)
         if not losses.isfinite().all():
@@ -134,6 +141,13 @@ def train(clip, learner, features, labels, T, seed=1, progress=lambda n, loss, a
             raise ValueError(f"the loss is not a number at step {step} (epoch {n}): the weights or the image features "
                              "are damaged, or overflow in this --precision")
         progress(n, losses.mean().item(), 100 * right.item() / sum(map(len, epoch)))
+
+
+def generalised_cross_entropy(logits, labels, q=0.5):
+    """(1 - p^q) / q, p the probability of the label (arXiv 1805.07836): between cross-entropy (q -> 0) and
+    the share of mistakes (q = 1), so that a wrong label, which stays improbable, pulls less.
+    """
+    return ((1 - logits.softmax(-1).gather(1, labels[:, None]) ** q) / q).mean()
 
 
 def evaluate(image_features, text_features, labels):
@@ -145,7 +159,7 @@ def evaluate(image_features, text_features, labels):
 @torch.no_grad()
 def zero_shot(clip, tokenizer, template, classnames):
     """Features (K, e) of hand-written prompts: the class names put into a template such as "a photo of a {}."."""
-    texts = [template.format(name.replace("_", " ")) for name in classnames]
+    texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
     return torch.cat([clip.encode_text(tokenizer(texts[i:i + 256], clip.context_length).to(clip.logit_scale.device))
                       for i in range(0, len(texts), 256)])
 
@@ -207,7 +221,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     return features
 
 
-def training_features(clip, items, T, views, seed, cache=None):
+def training_features(clip, items, T, views=0, seed=1, cache=None):
     """Features (N, views or T, e) of the crops that train() reads; of the others, NaN."""
     crops = views or T
     needed = torch.zeros(len(items), crops, dtype=torch.bool)
@@ -221,8 +235,69 @@ def training_features(clip, items, T, views, seed, cache=None):
     return features
 
 
+def linear_probe(train, val):
+    """Weights (K, e) and biases (K,) of multinomial logistic regression on pairs (features, labels) -> W, b, C.
+
+    scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS. C by accuracy on val:
+    the best power of a hundred, then eight halvings of [C / 10, 10 C], as the official code.
+    """
+    (f, labels), K = (train[0].double(), train[1]), int(train[1].max()) + 1
+
+    @functools.lru_cache(maxsize=None)
+    def fit(C):
+        W = torch.zeros(K, f.shape[1] + 1, dtype=f.dtype, device=f.device, requires_grad=True)       # the last column is b
+        optimizer = torch.optim.LBFGS([W], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            value = F.cross_entropy(F.linear(f, W[:, :-1], W[:, -1]), labels) + W[:, :-1].square().sum() / (2 * C * len(f))
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        W = W.detach()
+        return (F.linear(val[0].double(), W[:, :-1], W[:, -1]).argmax(-1) == val[1]).double().mean().item(), W
+
+    best = max((10.0 ** p for p in (6, 4, 2, 0, -2, -4, -6)), key=lambda C: fit(C)[0])
+    low, high = best / 10, best * 10
+    for _ in range(8):
+        best, middle = (high if fit(low)[0] < fit(high)[0] else low), (low * high) ** 0.5
+        low, high = (middle, high) if best == high else (low, middle)
+    W = fit(best)[1]
+    return W[:, :-1], W[:, -1], best
+
+
+# ---- Results and prompts ------------------------------------------------------------------------
+
+class Results:
+    """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
+
+    SETTINGS = ("method dataset backbone weights shots seed M position csc init epochs views classes precision template "
+                "loss noise keep prompt").split()
+
+    def __init__(self, out):
+        self.file, self.lines = out / "results.jsonl", []
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []:
+            with contextlib.suppress(ValueError):        # a line that a crash cut off counts as absent
+                self.lines.append(json.loads(line))
+
+    def find(self, result):
+        """The last line with the same settings, or None."""
+        same = [r for r in self.lines if all(r.get(key) == result.get(key) for key in self.SETTINGS)]
+        return same[-1] if same else None
+
+    def add(self, result):
+        self.lines.append(result)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(start + json.dumps(result).encode() + b"\n")
+
+
 def save(obj, path):
     """torch.save, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         torch.save(obj, temporary)
@@ -231,10 +306,108 @@ def save(obj, path):
         temporary.unlink(missing_ok=True)
 
 
+def load_prompt(path):
+    """A prompt saved by us, or by the official code (prompt_learner/model.pth.tar-N, which tells neither
+    class names nor settings). -> {"V", "classnames", "settings", ...}; ValueError for anything else.
+    """
+    prompt = clip_model.read_archive(path)
+    if isinstance(prompt, dict) and isinstance(prompt.get("state_dict"), dict):
+        prompt = {"V": prompt["state_dict"].get("ctx"), "classnames": None, "settings": {}}
+    V = prompt.get("V") if isinstance(prompt, dict) else None
+    if not isinstance(V, torch.Tensor) or V.dim() not in (2, 3) or not V.isfinite().all() or "settings" not in prompt:
+        raise ValueError(f"{path} holds no learned prompt (expected a file written by this program or by the official code)")
+    return {**prompt, "V": V.float()}
+
+
+def unusual(r):
+    """In which settings a run of CoOp differs from the paper's standard, as words."""
+    return [word for word, differs in (
+        (f"M{r['M']}", r["M"] != 16), (r["position"], r["position"] != "end"), ("csc", r["csc"]), (r["init"], r["init"] is not None),
+        (f"{r['epochs']}epochs", r["epochs"] and r["epochs"] != epochs(r["shots"], r["dataset"])), (f"{r['views']}views", r["views"]),
+        (r["loss"], r["loss"] != "ce"), (f"noise{r['noise']:g}", r["noise"]), (f"keep{r['keep']:g}", r["keep"])) if differs]
+
+
+def file_name(r):
+    """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters that every system takes."""
+    words = [r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r), *[r["classes"]] * (r["classes"] != "all")]
+    return re.sub(r"[^\w.-]+", "-", "-".join(words)) + ".pt"
+
+
+def row_name(r):
+    """What a result is called in the table and in the picture."""
+    name = r["method"] if r["method"] != "coop" else " ".join(["CoOp", f"M={r['M']}", r["position"], *(
+        word for word in unusual(r) if word not in (f"M{r['M']}", r["position"]))])
+    return name + f" ({r['classes']})" * (r["classes"] != "all")
+
+
+PAPER = {   # RN50, test accuracy: zero-shot CLIP, then CoOp with M=16, end, at 1, 2, 4, 8 and 16 shots
+    "oxford_pets": (85.77, 85.89, 82.64, 86.70, 85.32, 87.01), "oxford_flowers": (66.14, 68.12, 77.51, 86.20, 91.18, 94.51),
+    "fgvc_aircraft": (17.28, 9.64, 18.68, 21.87, 26.13, 31.26), "dtd": (42.32, 44.39, 45.15, 53.49, 59.97, 63.58),
+    "eurosat": (37.56, 50.63, 61.50, 70.18, 76.73, 83.53), "stanford_cars": (55.61, 55.59, 58.28, 62.62, 68.43, 73.36),
+    "food-101": (77.31, 74.32, 72.49, 73.33, 71.82, 74.67), "sun397": (58.52, 60.29, 59.48, 63.47, 65.52, 69.26),
+    "caltech-101": (86.29, 87.53, 87.93, 89.55, 90.21, 91.83), "ucf101": (61.46, 61.92, 64.09, 67.03, 71.94, 75.71),
+    "imagenet": (58.18, 57.15, 57.81, 59.99, 61.56, 62.95)}
+
+
+def cells(results):
+    """{row name: {shots: accuracies over seeds}}; the paper's numbers, where there are some, as rows of their own."""
+    found = {}
+    for r in results:
+        found.setdefault(row_name(r), {}).setdefault(r["shots"], []).append(r["accuracy"])
+    if results[0]["backbone"] == "RN50" and results[0]["dataset"] in PAPER and results[0]["classes"] == "all":
+        numbers = dict(zip((0, 1, 2, 4, 8, 16), PAPER[results[0]["dataset"]]))
+        found["the paper's zero-shot, M=16 end"] = {c: [numbers[c]] for row in list(found.values()) for c in row if c in numbers}
+    return found
+
+
+def table(results):
+    """Accuracy by method and number of shots: the mean over seeds, and their standard deviation."""
+    columns = sorted({r["shots"] for r in results})
+    lines = [f"{'accuracy, %':<34}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
+    for row, found in cells(results).items():
+        texts = ["" if c not in found else f"{statistics.mean(found[c]):.2f}" + (
+            f" ± {statistics.stdev(found[c]):.2f}" if len(found[c]) > 1 else "") for c in columns]
+        lines.append(f"{row:<34}" + "".join(f"{text:>15}" for text in texts))
+    return "\n".join(lines)
+
+
+def plot(results, file):
+    """The paper's figure 3: accuracy against shots, zero-shot as a star, the spread over seeds as a band."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    for row, found in cells(results).items():
+        shots = sorted(found)
+        mean = [statistics.mean(found[c]) for c in shots]
+        spread = [statistics.stdev(found[c]) if len(found[c]) > 1 else 0 for c in shots]
+        line, = axes.plot(shots, mean, {"zero-shot": "*", "linear-probe": "o--"}.get(row.split(" ")[0], "o-"), label=row,
+                          markersize=12 if row.startswith("zero-shot") else 5)
+        axes.fill_between(shots, [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)], color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="labelled images per class", ylabel="accuracy on the test images, %", title=results[0]["dataset"],
+             xticks=sorted({r["shots"] for r in results}))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+def learned_features(clip, tokenizer, classnames, V, position):
+    """Features (K, e), of unit length, of learned prompts; a unified V (M, d) takes any class names."""
+    learner = PromptLearner(clip, tokenizer, classnames, V.shape[-2], position, V.dim() == 3)
+    learner.V.data.copy_(V)
+    with torch.no_grad():
+        return F.normalize(clip.encode_prompts(*learner()), dim=-1)
+
+
 def make_demo(folder):
-    """A world without downloads, made once: folder/clip.pt is a small CLIP that learned textures seen
-    from near and far, with captions that say so half of the time; folder/demo are pictures to
-    classify, all seen from far, which "a photo of a {} texture." does not say. CoOp has to find out.
+    """A world without downloads, made once: folder/clip.pt, a small CLIP that learned from drawn textures
+    and captions, and folder/demo, pictures to classify, of a kind that the captions seldom mention.
     """
     tokenizer, folder = Tokenizer(), pathlib.Path(folder)
     if not (folder / "clip.pt").is_file():
@@ -245,7 +418,6 @@ def make_demo(folder):
         progress = Progress("training a small CLIP on drawn textures, once", steps)
         clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
                             progress=lambda step, loss: progress(step + 1, f", loss {loss.item():.2f}"))
-        folder.mkdir(parents=True, exist_ok=True)
         save(clip.state_dict(), folder / "clip.pt")
     if not (folder / "demo").is_dir():
         shutil.rmtree(folder / "drawing", ignore_errors=True)
@@ -253,109 +425,264 @@ def make_demo(folder):
         (folder / "drawing").rename(folder / "demo")
 
 
-def run_once(args, clip, tokenizer, dataset, test, shots, seed, variant, cache):
-    """Draw the shots, learn V, test it. -> what results.jsonl says of the run, and the prompt to save."""
-    (M, position, csc), start = variant, time.time()
-    items = data.few_shot(dataset.train, shots, random.Random(seed))
-    T = args.epochs or (50 if shots == 1 or dataset.name == "imagenet" else 100 if shots <= 4 else 200)
-    features = training_features(clip, items, T, args.views, seed, cache)
-    encoded, device = time.time(), clip.logit_scale.device
-    torch.manual_seed(seed)
-    learner = PromptLearner(clip, tokenizer, dataset.classnames, M, position, csc, args.init)
-    progress = Progress("learning V, epochs", T)
-    train(clip, learner, features.to(device), torch.tensor([label for _, label in items], device=device), T, seed,
-          lambda n, loss, accuracy: progress(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
-    with torch.no_grad():
-        g = F.normalize(clip.encode_prompts(*learner()), dim=-1)                 # once: g does not depend on the image
-    result = {"method": "coop", "shots": shots, "seed": seed, "M": learner.V.shape[-2], "position": position, "csc": csc,
-              "init": args.init, "epochs": T, "views": args.views, "accuracy": evaluate(test[0], g.cpu(), test[1]),
-              "seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
-    return result, {"V": learner.V.detach().cpu(), "classnames": dataset.classnames, "text_features": g.cpu()}
+def epochs(shots, dataset):
+    """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
+    return 50 if shots <= 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
 
 
-def file_name(result):
-    """<dataset>-<backbone>-<shots>shot-seed<seed>, then whatever is not the default, in safe characters."""
-    parts = [result["dataset"], result["backbone"], f"{result['shots']}shot", f"seed{result['seed']}"]
-    parts += [f"M{result['M']}"] * (result["M"] != 16) + [result["position"]] * (result["position"] != "end")
-    parts += ["csc"] * result["csc"] + [result["init"] or ""] * (result["init"] is not None)
-    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
+def subset(K, classes):
+    """Labels of the official split: the first half, rounded up, is "base", the rest is "new"."""
+    return list({"all": range(K), "base": range(math.ceil(K / 2)), "new": range(math.ceil(K / 2), K)}[classes])
 
 
-def table(results):
-    """Accuracy by method and number of shots: the mean over seeds, and their standard deviation."""
-    cells, columns = {}, sorted({r["shots"] for r in results})
-    for r in results:
-        row = r["method"] if r["method"] != "coop" else " ".join(
-            ["CoOp", f"M={r['M']}", r["position"], *["csc"] * r["csc"], *[repr(r["init"])] * (r["init"] is not None)])
-        cells.setdefault(row, {}).setdefault(r["shots"], []).append(r["accuracy"])
-    lines = [f"{'accuracy, %':<34}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
-    for row, found in cells.items():
-        texts = ["" if c not in found else f"{statistics.mean(found[c]):.2f}" + (
-            f" ± {statistics.stdev(found[c]):.2f}" if len(found[c]) > 1 else "") for c in columns]
-        lines.append(f"{row:<34}" + "".join(f"{text:>15}" for text in texts))
-    return "\n".join(lines)
+def open_clip(args):
+    """The model of --backbone, made fast, and its tokenizer."""
+    torch.backends.cuda.matmul.allow_tf32 = True         # text encoder on CUDA: fp32 with TF32 products
+    clip = clip_model.prepare(clip_model.load(args.backbone, args.device), PRECISIONS[args.precision])
+    tokenizer = Tokenizer()                              # bytes, as the demo's small CLIP
+    if clip.vocab_size != tokenizer.vocab_size:
+        tokenizer = Tokenizer.openai()
+    if clip.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"{args.backbone} has {clip.vocab_size} token embeddings, the tokenizer {tokenizer.vocab_size} ids")
+    return clip, tokenizer
+
+
+class Experiment:
+    """One dataset and one CLIP, and what all runs on them share: the test features, the cache, the results."""
+
+    def __init__(self, args):
+        self.args, self.dataset, self.shown = args, data.load_dataset(args.data), []
+        self.clip, self.tokenizer = open_clip(args)
+        if max(args.shots) and not self.dataset.train and not args.load:
+            raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
+        self.names, self.template = self.dataset.classnames, args.template or self.dataset.template
+        for variant in itertools.product(args.M, args.position, args.csc):       # do they fit? before any long work
+            PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init)
+        self.results, file = Results(args.out), f"{self.clip.sha256[:16]}-{args.precision}.sqlite"
+        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / file)
+        backbone = pathlib.Path(args.backbone).stem if os.path.isfile(args.backbone) else args.backbone.replace("/", "-")
+        self.common = {"dataset": self.dataset.name, "backbone": backbone, "weights": self.clip.sha256[:16],
+                       "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
+
+        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen, "
+              f"images in {args.precision}")
+        print(f"{self.dataset.name}: K = {len(self.names)} classes, {len(self.dataset.train)} training and {len(self.dataset.test)} test images")
+        smallest = min(collections.Counter(label for _, label in self.dataset.train).values(), default=0)
+        if smallest < max(args.shots) and not args.load:
+            print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
+        start = time.time()
+        self.test = image_features(self.clip, [(path, [TEST]) for path, _ in self.dataset.test], self.cache, "encoding test images")
+        self.labels, self.seconds = torch.tensor([label for _, label in self.dataset.test]), round(time.time() - start, 2)
+
+    def part(self, classes):
+        """Test features, and labels counted from 0, of the images of these classes."""
+        kept = torch.tensor(subset(len(self.names), classes))
+        mine = torch.isin(self.labels, kept)
+        return self.test[mine], torch.searchsorted(kept, self.labels[mine])
+
+    def names_of(self, classes):
+        return [self.names[label] for label in subset(len(self.names), classes)]
+
+    def line(self, method, shots, seed, classes, **more):
+        """What results.jsonl says of a run, but for what only the run can tell."""
+        blank = dict.fromkeys("M position csc init epochs views loss noise keep template prompt".split())
+        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": len(self.part(classes)[1]), **blank, **self.common, **more}
+
+    def add(self, line, note="", **measured):
+        """A result is known: to the results file if it is new, and to the screen."""
+        if measured:
+            line = {**line, **measured}
+            self.results.add(line)
+        self.shown.append(line)
+        print(f"{row_name(line)}, {line['shots']} shots" + f", seed {line['seed']}" * (line["seed"] is not None)
+              + f": {line['accuracy']:.2f} %  {note}", flush=True)
+
+    def known(self, line):
+        return None if self.args.again else self.results.find(line)
+
+    def hand_written(self, classes):
+        return F.normalize(zero_shot(self.clip, self.tokenizer, self.template, self.names_of(classes)), dim=-1)
+
+    def zero_shot(self, classes):
+        """CLIP as it is, with the hand-written prompt."""
+        line, (f, labels) = self.line("zero-shot", 0, None, classes, template=self.template), self.part(classes)
+        if known := self.known(line):
+            return self.add(known, f'"{self.template}"')
+        self.add(line, f'"{self.template}"', accuracy=evaluate(f, self.hand_written(classes).cpu(), labels),
+                 seconds_images=self.seconds, seconds_training=0.0)
+
+    def shots(self, items, shots, seed):
+        """The few-shot draw from both lists, of the classes that are trained, with labels counted from 0."""
+        rng, kept = random.Random(seed), subset(len(self.names), self.args.classes)
+        for part, count in ((items.train, shots), (items.val, min(shots, 4))):
+            yield [(path, kept.index(label)) for path, label in data.few_shot(part, count, rng) if label in kept]
+
+    def coop(self, M, position, csc, shots, seed):
+        """One run: draw the shots, learn V, test it, save it; nothing if that is done already."""
+        args, names, device = self.args, self.names_of(self.args.classes), self.clip.logit_scale.device
+        T = args.epochs or epochs(shots, self.dataset.name)
+        M = M if args.init is None else len(self.tokenizer.encode(args.init))
+        line = self.line("coop", shots, seed, args.classes, M=M, position=position, csc=csc, init=args.init, epochs=T, views=args.views,
+                         loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
+        file, start = args.out / file_name(line), time.time()
+        others = [] if csc or args.classes != "base" else [{**line, "classes": "new", "n_test": len(self.part("new")[1])}]
+        known = [self.known(one) for one in (line, *others)]
+        if all(known) and file.is_file():
+            for one in known:
+                self.add(one, "(known; --again repeats it)")
+            return
+        items, _ = self.shots(self.dataset, shots, seed)
+        features = training_features(self.clip, items, T, args.views, seed, self.cache).to(device)
+        labels = mislabel([label for _, label in items], args.noise, len(names), seed)
+        encoded = time.time()
+        torch.manual_seed(seed)
+        learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
+        progress = Progress("learning V, epochs", T)
+        train(self.clip, learner, features, torch.tensor(labels, device=device), T, seed, LOSSES[args.loss], args.keep,
+              self.hand_written(args.classes) if args.keep else None,
+              lambda n, loss, accuracy: progress(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
+        g = learned_features(self.clip, self.tokenizer, names, learner.V.detach(), position)
+        f, test_labels = self.part(args.classes)
+        measured = {"accuracy": evaluate(f, g.cpu(), test_labels), "seconds_images": round(encoded - start, 2),
+                    "seconds_training": round(time.time() - encoded, 2)}
+        save({"V": learner.V.detach().cpu(), "classnames": names, "text_features": g.cpu(), "logit_scale": self.clip.logit_scale.cpu(),
+              "resolution": self.clip.resolution, "path": str(args.backbone), "settings": {**line, **measured}}, file)
+        self.add(line, f"images {measured['seconds_images']:.1f} s, training {measured['seconds_training']:.1f} s -> {file}", **measured)
+        for new in others:                               # a unified context goes with names that it never saw
+            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of("new"), learner.V.detach(), position), self.part("new")
+            measured["accuracy"], base = evaluate(f, g.cpu(), labels), measured["accuracy"]
+            self.add(new, f"harmonic mean {statistics.harmonic_mean([base, measured['accuracy']]):.2f} %", **measured)
+
+    def probe(self, shots, seed):
+        """The paper's other baseline: a linear classifier on the image features, test crops for training too."""
+        line = self.line("linear-probe", shots, seed, self.args.classes)
+        if known := self.known(line):
+            return self.add(known, "(known; --again repeats it)")
+        start, sets = time.time(), []
+        for items in self.shots(self.dataset, shots, seed):
+            if not items:
+                raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
+            sets.append((image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache), torch.tensor([label for _, label in items])))
+        encoded, (f, labels) = time.time(), self.part(self.args.classes)
+        W, b, C = linear_probe(*sets)
+        right = (f.double() @ W.T + b).argmax(-1) == labels
+        self.add(line, f"C = {C:.3g}", accuracy=100 * right.double().mean().item(), C=C, seconds_images=round(encoded - start, 2),
+                 seconds_training=round(time.time() - encoded, 2))
+
+    def transfer(self, prompt, classes):
+        """A learned prompt on this dataset, without training: a unified V goes with any class names."""
+        names, old, V = self.names_of(classes), prompt["settings"], prompt["V"]
+        if V.dim() == 3:
+            strangers = sorted(set(names) - set(prompt["classnames"] or names))
+            if strangers or (prompt["classnames"] is None and len(V) != len(names)):
+                raise ValueError(f"{self.args.load} has a context for each of its own {len(V)} classes and none for "
+                                 f"{strangers[0] if strangers else 'others'!r}; only a unified prompt goes with other classes")
+            V = V[[(prompt["classnames"] or names).index(name) for name in names]]
+        position = old.get("position") or self.args.position[0]
+        g = learned_features(self.clip, self.tokenizer, names, V, position)
+        f, labels = self.part(classes)
+        unknown = {"M": V.shape[-2], "position": position, "csc": V.dim() == 3, "views": 0, "loss": "ce", "noise": 0.0, "keep": 0.0}
+        line = self.line("coop", old.get("shots"), old.get("seed"), classes, prompt=str(self.args.load), learned_on=old.get("dataset"),
+                         **{key: old.get(key, unknown.get(key)) for key in (*unknown, "init", "epochs")})
+        self.add(line, f"learned on {old.get('dataset')}", accuracy=evaluate(f, g.cpu(), labels), seconds_images=self.seconds,
+                 seconds_training=0.0)
+
+
+def predict(prompt, clip, paths, as_json):
+    """The five likeliest classes, with probabilities, of each picture in files and folders."""
+    def pictures():
+        for path in map(pathlib.Path, paths):
+            if not path.exists():
+                raise ValueError(f"{path}: no such file or folder")
+            yield from (path for path in sorted(path.rglob("*")) if data.is_image(path)) if path.is_dir() else [path]
+
+    g, names = prompt["text_features"].to(clip.logit_scale.device), prompt["classnames"]
+    files, batch = pictures(), 32
+    while chunk := list(itertools.islice(files, batch)):
+        f = image_features(clip, [(path, [TEST]) for path in chunk], what="").to(g.device)
+        chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
+        for path, row in zip(chunk, chances):
+            best = [(names[i], round(row[i].item(), 4)) for i in row.topk(min(5, len(names))).indices.tolist()]
+            print(json.dumps({"image": str(path), "classes": dict(best)}) if as_json else
+                  f"{path}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
+
+
+def export(prompt, file):
+    """K text features of unit length, class names, scale and pixel constants: a classifier for numpy."""
+    with open(file, "wb") as stream:
+        np.savez(stream, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]),
+                 logit_scale=prompt["logit_scale"].exp().item(), mean=data.MEAN.numpy(), std=data.STD.numpy(), resolution=prompt["resolution"])
+
+
+def nearest_words(prompt, clip, tokenizer, count):
+    """For each vector of V the nearest token embeddings by Euclidean distance, as the paper's table 4."""
+    embedding = clip.token_embedding.weight
+    for i, V in enumerate(prompt["V"].to(embedding).reshape(-1, *prompt["V"].shape[-2:])):
+        if prompt["V"].dim() == 3:
+            print(prompt["classnames"][i] if prompt["classnames"] else f"class {i}")
+        for m, (distances, ids) in enumerate(zip(*torch.cdist(V, embedding).topk(count, largest=False)), 1):
+            words = ", ".join(f"{tokenizer.decode([j]).strip()} {d:.4f}" for j, d in zip(ids.tolist(), distances.tolist()))
+            print(f"  V{m}: {words}")
+
+
+def use(args):
+    """What --load asks for: predictions, an export, words, the accuracy on another dataset."""
+    prompt = load_prompt(args.load)
+    args.backbone = args.backbone or prompt.get("path") or "RN50"
+    if (args.predict or args.export) and "text_features" not in prompt:
+        raise ValueError(f"{args.load} comes from the official code and tells no class names: give them by --data")
+    if args.export:
+        export(prompt, args.export)
+        print(f"{args.export}: {len(prompt['classnames'])} classes")
+    if args.predict or args.words:
+        clip, tokenizer = open_clip(args)
+        if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
+            raise ValueError(f"{args.load} was learned for other weights than {args.backbone}")
+        if args.words:
+            nearest_words(prompt, clip, tokenizer, args.words)
+        if args.predict:
+            predict(prompt, clip, args.predict, args.json)
+    if args.data:
+        experiment = Experiment(args)
+        experiment.zero_shot(args.classes)
+        experiment.transfer(prompt, args.classes)
+
+
+def mislabel(labels, share, K, seed):
+    """The labels, a share of them replaced by another class each, the same ones for the same seed."""
+    dice, labels = random.Random(f"noise {seed}"), list(labels)
+    for i in dice.sample(range(len(labels)), round(share * len(labels))):
+        labels[i] = (labels[i] + dice.randrange(1, K)) % K
+    return labels
 
 
 def run(args):
-    """Everything that one command line asks for."""
+    """All that one command line asks for."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.demo:
         make_demo(args.cache / "demo-world")
         args.data, args.backbone = args.cache / "demo-world" / "demo", args.cache / "demo-world" / "clip.pt"
         args.template = args.template or "a photo of a {} texture."
-    dataset = data.load_dataset(args.data)
-    template = args.template or dataset.template
-    torch.backends.cuda.matmul.allow_tf32 = True         # text encoder on CUDA: fp32 with TF32 products
-    clip = clip_model.load(args.backbone, args.device)
-    clip = clip_model.prepare(clip, PRECISIONS[args.precision])
-    bytes_only = Tokenizer()
-    tokenizer = bytes_only if clip.vocab_size == bytes_only.vocab_size else Tokenizer.openai()
-    if tokenizer.vocab_size != clip.vocab_size:
-        raise ValueError(f"{args.backbone} has {clip.vocab_size} token embeddings, the tokenizer {tokenizer.vocab_size} ids")
-    variants = list(itertools.product(args.M, args.position, args.csc))
-    learners = [PromptLearner(clip, tokenizer, dataset.classnames, *variant, args.init) for variant in variants]  # they fit
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    backbone = pathlib.Path(args.backbone).stem if os.path.isfile(args.backbone) else args.backbone.replace("/", "-")
-    frozen = sum(p.numel() for p in clip.parameters())
-    print(f"CLIP {backbone}, {frozen / 1e6:.1f} M parameters, frozen, on {args.device}; "
-          f"to learn: V {' or '.join(str(tuple(learner.V.shape)) for learner in learners)}")
-    print(f"{dataset.name}: K = {len(dataset.classnames)} classes, {len(dataset.train)} training and {len(dataset.test)} test images")
-    if max(args.shots) and not dataset.train:
-        raise ValueError(f"{args.data} has test images only: use --shots 0")
-    smallest = min(collections.Counter(label for _, label in dataset.train).values(), default=0)
-    if smallest < max(args.shots):
-        print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
-    common = {"dataset": dataset.name, "backbone": backbone, "classes": "all", "n_test": len(dataset.test),
-              "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
-    results = []
-
-    def record(result, note):
-        results.append({**result, **common})
-        with open(args.out / "results.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-        print(f"{note}: {result['accuracy']:.2f} %  (images {result['seconds_images']:.1f} s, "
-              f"training {result['seconds_training']:.1f} s)", flush=True)
-        return results[-1]
-
-    start = time.time()
-    cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{clip.sha256[:16]}-{args.precision}.sqlite")
-    f = image_features(clip, [(path, [TEST]) for path, _ in dataset.test], cache, "encoding test images")
-    test, seconds = (f, torch.tensor([label for _, label in dataset.test])), time.time() - start
-    g = zero_shot(clip, tokenizer, template, dataset.classnames).cpu()
-    record({"method": "zero-shot", "shots": 0, "seed": None, "M": None, "position": None, "csc": None, "init": None,
-            "epochs": 0, "views": None, "accuracy": evaluate(f, g, test[1]), "template": template,
-            "seconds_images": round(seconds, 2), "seconds_training": 0.0}, f'zero-shot, "{template}"')
-    for variant, shots, seed in itertools.product(variants, [s for s in args.shots if s], args.seeds):
-        result, prompt = run_once(args, clip, tokenizer, dataset, test, shots, seed, variant, cache)
-        file = args.out / f"{file_name({**result, **common})}.pt"
-        save({**prompt, "settings": {**result, **common}}, file)
-        record(result, f"{shots} shots, seed {seed} -> {file}")
-    print("\n" + table(results))
+    if args.load:
+        return use(args)
+    args.backbone = args.backbone or "RN50"
+    experiment = Experiment(args)
+    experiment.zero_shot(args.classes)
+    if args.classes == "base":
+        experiment.zero_shot("new")
+    for shots, seed in itertools.product([s for s in args.shots if s], args.seeds) if args.probe else ():
+        experiment.probe(shots, seed)
+    for M, position, csc, shots, seed in itertools.product(args.M, args.position, args.csc, [s for s in args.shots if s], args.seeds):
+        experiment.coop(M, position, csc, shots, seed)
+    print("\n" + table(experiment.shown))
+    if args.plot:
+        plot(experiment.shown, args.out / f"{experiment.dataset.name}.png")
+        print(f"picture: {args.out / experiment.dataset.name}.png")
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSSES = {"ce": F.cross_entropy, "gce": generalised_cross_entropy}
 
 
 def parse(argv):
@@ -370,12 +697,12 @@ def parse(argv):
         prog="coop.py", description="Learn the words of a CLIP prompt from a few images per class (CoOp, arXiv 2109.01134).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a dataset, or a folder of class folders")
     source.add_argument("--demo", action="store_true", help="drawn textures and a small CLIP trained here, nothing to download")
     add("--shots", type=at_least(0), nargs="+", default=[16], metavar="N", help="training images per class; 0: zero-shot only")
     add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start and the batches")
-    add("--backbone", default="RN50", help=f"a weight file or one of {', '.join(clip_model.MODELS)}")
+    add("--backbone", help=f"a weight file or one of {', '.join(clip_model.MODELS)}; RN50, or what --load was learned for")
     add("--M", type=at_least(1), nargs="+", default=[16], metavar="M", help="number of context vectors, the paper's M")
     add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands")
     add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no", help="class-specific contexts")
@@ -385,11 +712,29 @@ def parse(argv):
     add("--template", help="zero-shot prompt with {} for the class name; default: the dataset's")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=list(PRECISIONS), help="of the image encoder: fp32 on CPU, fp16 on CUDA")
+    add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, the rest; base is tested on both")
+    add("--probe", action="store_true", help="also a linear probe on the image features")
+    add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
+    add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels")
+    add("--noise", type=float, default=0.0, metavar="SHARE", help="make this share of the training labels wrong")
+    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="stay near the hand-written prompt (KgCoOp: 8)")
+    add("--again", action="store_true", help="repeat runs whose result is known")
+    add("--load", type=pathlib.Path, metavar="PROMPT", help="use a learned prompt: with --data, --predict, --export or --words")
+    add("--predict", nargs="+", metavar="IMAGE", help="the likeliest classes of pictures, or of all pictures in folders")
+    add("--json", action="store_true", help="--predict as JSON lines")
+    add("--export", type=pathlib.Path, metavar="FILE.npz", help="text features and constants, enough for numpy")
+    add("--words", type=at_least(1), metavar="N", help="the N vocabulary entries nearest to each context vector")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="results.jsonl and the learned prompts")
     add("--cache", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "coop", metavar="DIR", help="image features; the demo")
     add("--no-cache", action="store_true", help="encode all images again and keep nothing")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")           # one line
     args = parser.parse_args(argv)
+    if not (args.data or args.demo or args.load):
+        parser.error("one of --data, --demo and --load is needed")
+    if (args.predict or args.export or args.words) and not args.load:
+        parser.error("--predict, --export and --words need --load PROMPT")
+    if not 0 <= args.noise <= 1 or args.keep < 0:
+        parser.error("--noise is a share between 0 and 1, --keep a weight of 0 or more")
     args.csc = {"yes": [True], "no": [False], "both": [False, True]}[args.csc]
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     if args.template is not None and "{}" not in args.template:

@@ -321,11 +321,17 @@ def read_imagenet(root):
                    *([(p, keys.index(key)) for key in keys for p in part.get(key, [])] for part in (train, {}, test)))
 
 
+def is_image(path):
+    """Whether a file's name is that of a picture."""
+    name = os.path.basename(path)
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in Image.registered_extensions()
+
+
 def read_folders(folder):
     """{class: sorted image paths} from folder/<class>/*; classes sorted, hidden files and text passed over."""
-    found, formats = {}, Image.registered_extensions()
+    found = {}
     for sub in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
-        images = sorted(f for f in os.listdir(sub) if not f.startswith(".") and os.path.splitext(f)[1].lower() in formats)
+        images = sorted(f for f in os.listdir(sub) if is_image(f))
         if images:
             found[sub.name] = [sub / image for image in images]
     if not found:

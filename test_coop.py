@@ -17,10 +17,14 @@ import math
 import os
 import pathlib
 import pickle
+import platform
 import random
 import re
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 import zipfile
 
@@ -781,7 +785,7 @@ def test_from_folder_to_prompt(world, tmp_path, capsys):
     mean = sum(r["accuracy"] for r in results[1:3]) / 2
     spread = abs(results[1]["accuracy"] - results[2]["accuracy"]) / 2 ** 0.5
     assert f"{mean:.2f} ± {spread:.2f}" in printed
-    prompt = clip_model.read_archive(tmp_path / "data-traced-2shot-seed1.pt")
+    prompt = clip_model.read_archive(tmp_path / "data-traced-2shot-seed1-2epochs.pt")
     assert prompt["classnames"] == ["banded", "grid", "polka-dotted"] and prompt["V"].shape == (16, 128)
     assert prompt["settings"] == results[-1]
     clip = clip_model.load(world[3])
@@ -795,10 +799,10 @@ def test_from_folder_to_prompt(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, name, shape", [
-    (["--csc"], "data-traced-1shot-seed1-csc.pt", (3, 16, 128)),
-    (["--position", "middle", "--M", "4"], "data-traced-1shot-seed1-M4-middle.pt", (4, 128)),
-    (["--init", "a photo of a"], "data-traced-1shot-seed1-M9-a-photo-of-a.pt", (9, 128)),
-    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1.pt", (16, 128))])
+    (["--csc"], "data-traced-1shot-seed1-csc-2epochs.pt", (3, 16, 128)),
+    (["--position", "middle", "--M", "4"], "data-traced-1shot-seed1-M4-middle-2epochs.pt", (4, 128)),
+    (["--init", "a photo of a"], "data-traced-1shot-seed1-M9-a-photo-of-a-2epochs.pt", (9, 128)),
+    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1-2epochs-1views.pt", (16, 128))])
 def test_variants(world, tmp_path, capsys, options, name, shape):
     code, _, err = command([*world, "--shots", "1", "--epochs", "2", *options], tmp_path, capsys)
     assert code == 0, err
@@ -827,14 +831,14 @@ def test_same_command_same_numbers_and_no_image_encoded_twice(world, tmp_path, c
         return count[0] - before
 
     assert encoded("--shots", "2") == 9 + 6 * 3
-    V = clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1.pt")["V"]
-    assert encoded("--shots", "2") == 0
-    assert torch.equal(V, clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1.pt")["V"])
+    V = clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1-3epochs.pt")["V"]
+    assert encoded("--shots", "2", "--again") == 0
+    assert torch.equal(V, clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1-3epochs.pt")["V"])
     assert encoded("--shots", "2", "--csc", "both", "--M", "2", "--position", "front", "--views", "2") == 0
     assert encoded("--shots", "2", "--epochs", "5") == 6 * 2
     assert encoded("--shots", "4") == len({p for p, _ in data.few_shot(data.load_dataset(world[1]).train, 4, random.Random(1))}
                                           - {p for p, _ in data.few_shot(data.load_dataset(world[1]).train, 2, random.Random(1))}) * 3
-    assert encoded("--shots", "2", "--no-cache") == 9 + 6 * 3
+    assert encoded("--shots", "2", "--no-cache", "--again") == 9 + 6 * 3
     assert encoded("--shots", "2", "--precision", "bf16") == 9 + 6 * 3
 
 
@@ -882,7 +886,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypa
             ([*world, "--shots", "x"], "--shots: invalid integer value: 'x'"),
             ([*world, "--device", "cuda"], "finds no CUDA device"),
             ([*world, "--template", "a photo"], "needs {}"),
-            ([], "one of the arguments --data --demo is required")):
+            ([], "one of --data, --demo and --load is needed")):
         out = tmp_path / "out"
         code, _, err = command([*arguments, "--epochs", "1"], out, capsys)
         complaint = [line for line in err.splitlines() if not line.startswith(("encoding", "note"))]
@@ -916,3 +920,379 @@ def test_ground_floor_files_stand_alone(file, tmp_path):
            "data.py": "import random, data; assert data.few_shot([('a', 0), ('b', 1)], 1, random.Random(1)) == [('a', 0), ('b', 1)]"}[file]
     (tmp_path / file).write_text((HERE / file).read_text())
     subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+
+
+
+# ---- coop.py: experiments and using what was learned ---------------------------------------------
+
+def test_known_runs_are_not_repeated(world, tmp_path, capsys, monkeypatch):
+    """The same command again trains nothing and adds no line; --again does; a line cut off by a crash is absent."""
+    trained, original = [], coop.train
+    monkeypatch.setattr(coop, "train", lambda *a, **k: trained.append(1) or original(*a, **k))
+    arguments = [*world, "--shots", "1", "2", "--epochs", "1", "--csc", "both"]
+    command(arguments, tmp_path, capsys)
+    first = lines(tmp_path)
+    assert len(trained) == 4 and len(first) == 5
+    _, printed, _ = command(arguments, tmp_path, capsys)
+    assert len(trained) == 4 and lines(tmp_path) == first and printed.count("known") == 4
+    text = (tmp_path / "results.jsonl").read_text()
+    (tmp_path / "results.jsonl").write_text(text[:-20])
+    command(arguments, tmp_path, capsys)
+    assert len(trained) == 5 and (tmp_path / "results.jsonl").read_text().count("\n") == 6
+    assert [r["accuracy"] for r in coop.Results(tmp_path).lines] == [r["accuracy"] for r in first]
+    command([*arguments, "--again"], tmp_path, capsys)
+    assert len(trained) == 9
+    command([*arguments, "--epochs", "2"], tmp_path, capsys)
+    assert len(trained) == 13
+
+
+def test_base_and_new(world, tmp_path, capsys):
+    """Of 3 classes the first 2 are base; V learned on them is tested on them and on the rest, each with its own
+    logits; the harmonic mean is printed.
+    """
+    code, printed, err = command([*world, "--shots", "2", "--epochs", "1", "--classes", "base"], tmp_path, capsys)
+    assert code == 0, err
+    results = {(r["method"], r["classes"]): r for r in lines(tmp_path)}
+    assert set(results) == {(m, c) for m in ("zero-shot", "coop") for c in ("base", "new")}
+    assert results["coop", "base"]["n_test"] == 6 and results["coop", "new"]["n_test"] == 3
+    assert results["coop", "new"]["accuracy"] == 100, "one class alone is always right"
+    base = results["coop", "base"]["accuracy"]
+    assert f"{2 * base * 100 / (base + 100):.2f} %" in printed
+    assert clip_model.read_archive(tmp_path / "data-traced-2shot-seed1-1epochs-base.pt")["classnames"] == ["banded", "grid"]
+    assert [coop.subset(5, c) for c in ("all", "base", "new")] == [[0, 1, 2, 3, 4], [0, 1, 2], [3, 4]]
+
+
+def test_a_learned_prompt_on_another_dataset(world, tmp_path, capsys):
+    """A unified prompt goes with any classes and equals V put before their names; a class-specific one with its own only."""
+    other = pictures(tmp_path / "other" / "train", ["wool", "grid"], 2).parent
+    pictures(other / "test", ["wool", "grid"], 3)
+    command([*world, "--shots", "1", "--epochs", "1", "--csc", "both"], tmp_path, capsys)
+    unified, specific = (str(tmp_path / f"data-traced-1shot-seed1{csc}-1epochs.pt") for csc in ("", "-csc"))
+    tail = ["--cache", world[-1], "--device", "cpu"]
+    code, printed, err = command(["--load", unified, "--data", str(other), *tail], tmp_path / "o", capsys)
+    assert code == 0 and lines(tmp_path / "o")[-1]["learned_on"] == "data", err
+    clip, dataset = clip_model.load(world[3]), data.load_dataset(other)
+    g = coop.learned_features(clip, Tokenizer(), ["grid", "wool"], clip_model.read_archive(unified)["V"], "end")
+    f = coop.image_features(clip, [(path, [data.TEST]) for path, _ in dataset.test])
+    assert lines(tmp_path / "o")[-1]["accuracy"] == coop.evaluate(f, g, torch.tensor([label for _, label in dataset.test]))
+    code, _, err = command(["--load", specific, "--data", str(other), *tail], tmp_path / "o", capsys)
+    assert code == 2 and "none for 'wool'; only a unified prompt goes with other classes" in err
+    code, _, err = command(["--load", specific, "--data", world[1], *tail], tmp_path / "o", capsys)
+    assert code == 0 and lines(tmp_path / "o")[-1]["accuracy"] == lines(tmp_path)[-1]["accuracy"]
+
+
+def test_official_checkpoints(world, tmp_path, capsys):
+    """A file as the official code writes it: state_dict.ctx is V; optimiser and scheduler are not constructed."""
+    V = torch.randn(4, 128)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(V)], lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 128)
+    optimizer.step()
+    file = tmp_path / "model.pth.tar-50"
+    torch.save({"state_dict": {"ctx": V.half(), "token_prefix": torch.zeros(3, 1, 128)}, "epoch": 50, "optimizer": optimizer.state_dict(),
+                "scheduler": {"successor": scheduler, "_step_count": 3}, "val_result": None}, file)
+    assert torch.equal(coop.load_prompt(file)["V"], V.half().float())
+    code, _, err = command(["--load", str(file), *world, "--position", "middle"], tmp_path, capsys)
+    assert code == 0, err
+    clip, dataset = clip_model.load(world[3]), data.load_dataset(world[1])
+    g = coop.learned_features(clip, Tokenizer(), dataset.classnames, V.half().float(), "middle")
+    f = coop.image_features(clip, [(path, [data.TEST]) for path, _ in dataset.test])
+    assert lines(tmp_path)[-1]["accuracy"] == coop.evaluate(f, g, torch.tensor([label for _, label in dataset.test]))
+    code, _, err = command(["--load", str(file), "--predict", world[1]], tmp_path, capsys)
+    assert code == 2 and "tells no class names" in err
+
+
+def test_predict_and_export(world, tmp_path, capsys):
+    """--predict gives softmax(cosine / tau) of the test crop; four lines of numpy on --export's file give the same."""
+    command([*world, "--shots", "1", "--epochs", "1"], tmp_path, capsys)
+    prompt, folder = str(tmp_path / "data-traced-1shot-seed1-1epochs.pt"), world[1] + "/test"
+    code, printed, err = command(["--load", prompt, "--predict", folder, str(next(pathlib.Path(folder).rglob("*.png"))), "--json", "--device", "cpu",
+                                  "--export", str(tmp_path / "p.npz")], tmp_path, capsys)
+    assert code == 0, err
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(found) == 10 and all(abs(sum(r["classes"].values()) - 1) < 1e-3 for r in found)
+    clip = clip_model.prepare(clip_model.load(world[3]))
+    f = coop.image_features(clip, [(r["image"], [data.TEST]) for r in found])
+    np.save(tmp_path / "f.npy", f.numpy())
+    script = """
+import sys, numpy as np
+p, f = np.load("p.npz"), np.load("f.npy")
+logits = p["logit_scale"] * f / np.linalg.norm(f, axis=1, keepdims=True) @ p["text_features"].T
+chances = np.exp(logits - logits.max(1, keepdims=True)); chances /= chances.sum(1, keepdims=True)
+assert "torch" not in sys.modules
+print([(str(p["classnames"][row.argmax()]), round(float(row.max()), 3)) for row in chances])
+"""
+    out = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for (name, chance), r in zip(eval(out), found):
+        best = max(r["classes"], key=r["classes"].get)
+        assert abs(r["classes"][best] - chance) < 2e-3 and (best == name or abs(r["classes"][name] - chance) < 2e-3)
+    code, printed, _ = command(["--load", prompt, "--predict", folder, "--device", "cpu"], tmp_path, capsys)
+    assert code == 0 and printed.count(" %") == 27
+    code, _, err = command(["--load", prompt, "--predict", "nowhere.jpg", "--device", "cpu"], tmp_path, capsys)
+    assert code == 2 and "nowhere.jpg: no such file or folder" in err
+
+
+@pytest.mark.parametrize("csc", [False, True])
+def test_words_are_the_nearest_token_embeddings(world, tmp_path, capsys, csc):
+    """V placed next to known embeddings finds their words, with the distances of a direct computation."""
+    command([*world, "--shots", "1", "--epochs", "1", "--M", "2", *["--csc"] * csc], tmp_path, capsys)
+    file = next(tmp_path.glob("*.pt"))
+    prompt, clip, tokenizer = torch.load(file), clip_model.load(world[3]), Tokenizer()
+    ids = tokenizer.encode("xy")
+    prompt["V"][..., :, :] = clip.token_embedding.weight[ids] + 1e-3
+    torch.save(prompt, file)
+    code, printed, err = command(["--load", str(file), "--words", "2", "--device", "cpu"], tmp_path, capsys)
+    assert code == 0, err
+    far = (prompt["V"].reshape(-1, 128)[0] - clip.token_embedding.weight).norm(dim=1).topk(2, largest=False).values
+    assert printed.count(f"V1: x {1e-3 * 128 ** 0.5:.4f}, ") == (3 if csc else 1) and f"{far[1]:.4f}" in printed
+
+
+def test_linear_probe_is_at_its_optimum():
+    """The gradient of scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, vanishes at what linear_probe returns,
+    and its C is the best of the official search on the validation set, repeated here by hand.
+    """
+    torch.manual_seed(0)
+    centres = torch.randn(4, 10)
+    labels, val_labels = torch.arange(32) % 4, torch.arange(400) % 4
+    f, val = centres[labels] + 1.5 * torch.randn(32, 10), centres[val_labels] + 1.5 * torch.randn(400, 10)
+    W, b, C = coop.linear_probe((f, labels), (val, val_labels))
+    for leaf in (W, b):
+        leaf.requires_grad_()
+    objective = W.square().sum() / 2 + C * F.cross_entropy(f.double() @ W.T + b, labels, reduction="sum")
+    assert all(g.abs().max() < 1e-4 * max(1, C) for g in torch.autograd.grad(objective, (W, b)))
+    assert any(abs(math.log10(C / c)) <= 1.001 for c in (1e6, 1e4, 1e2, 1, 1e-2, 1e-4, 1e-6))
+    sklearn = pytest.importorskip("sklearn.linear_model", reason="the coefficients are compared where scikit-learn is: pip install scikit-learn")
+    theirs = sklearn.LogisticRegression(C=C, tol=1e-10, max_iter=10000).fit(f.double().numpy(), labels.numpy())
+    assert np.abs(theirs.coef_ - W.detach().numpy()).max() < 1e-4
+
+
+def test_probe_runs_from_the_command_line(world, tmp_path, capsys):
+    code, printed, err = command([*world, "--shots", "2", "--epochs", "1", "--probe"], tmp_path, capsys)
+    assert code == 0 and [r["method"] for r in lines(tmp_path)] == ["zero-shot", "linear-probe", "coop"] and "linear-probe" in printed, err
+
+
+def test_generalised_cross_entropy():
+    """Its limits: cross-entropy as q -> 0, one minus the probability at q = 1; and q = 0.5 by hand."""
+    logits, labels = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 0, 1])
+    p = logits.softmax(1)[range(5), labels]
+    assert torch.allclose(coop.generalised_cross_entropy(logits, labels, 1e-7), F.cross_entropy(logits, labels), atol=1e-5)
+    assert torch.allclose(coop.generalised_cross_entropy(logits, labels, 1), (1 - p).mean())
+    assert torch.allclose(coop.generalised_cross_entropy(logits, labels), (2 * (1 - p.sqrt())).mean())
+
+
+def test_mislabel():
+    """Exactly the share asked for is wrong, never the right label, the same ones for the same seed."""
+    labels = [i % 5 for i in range(40)]
+    noisy = coop.mislabel(labels, 0.25, 5, seed=1)
+    assert sum(a != b for a, b in zip(labels, noisy)) == 10 and set(noisy) <= set(range(5))
+    assert noisy == coop.mislabel(labels, 0.25, 5, seed=1) != coop.mislabel(labels, 0.25, 5, seed=2)
+    assert coop.mislabel(labels, 0, 5, seed=1) == labels
+
+
+def test_keep_stays_near_the_hand_written_prompt():
+    """With a large weight the learned features end nearer to the hand-written ones than without."""
+    clip, tokenizer = ours(openai_clip()), Tokenizer()
+    hand = F.normalize(coop.zero_shot(clip, tokenizer, "a photo of a {}.", NAMES), dim=-1)
+    features, labels, near = torch.randn(40, 1, 32).double(), torch.arange(40) % len(NAMES), []
+    for keep in (0, 50):
+        torch.manual_seed(0)
+        learner = PromptLearner(clip, tokenizer, NAMES, 4)
+        coop.train(clip, learner, features, labels, 30, keep=keep, hand=hand)
+        near.append((coop.learned_features(clip, tokenizer, NAMES, learner.V.detach(), "end") * hand).sum(-1).mean())
+    assert near[1] > near[0] + 0.01
+
+
+def test_options_beyond_the_paper_and_the_picture(world, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="--plot draws with matplotlib: pip install matplotlib")
+    code, _, err = command([*world, "--shots", "1", "2", "--seeds", "1", "2", "--epochs", "2", "--loss", "gce", "--noise", "0.4", "--keep", "8",
+                            "--plot", "--probe"], tmp_path, capsys)
+    assert code == 0, err
+    assert (tmp_path / "data-traced-1shot-seed1-2epochs-gce-noise0.4-keep8.pt").is_file()
+    assert Image.open(tmp_path / "data.png").size[0] > 600
+
+
+def test_table_shows_the_papers_numbers_in_rows_of_their_own():
+    line = dict(method="coop", dataset="dtd", backbone="RN50", classes="all", M=16, position="end", csc=False, init=None, epochs=100, views=0,
+                loss="ce", noise=0, keep=0)
+    text = coop.table([{**line, "shots": 4, "seed": s, "accuracy": a} for s, a in ((1, 50.0), (2, 52.0), (3, 57.0))])
+    assert re.search(r"CoOp M=16 end +53.00 ± 3.61\nthe paper.* +53.49$", text)
+    assert "paper" not in coop.table([{**line, "backbone": "ViT-B/16", "shots": 4, "accuracy": 1.0}])
+
+
+# ---- The benchmark: python test_coop.py [photos] ------------------------------------------------
+
+DTD = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted fibrous flecked freckled
+frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled matted meshed paisley perforated pitted pleated
+polka-dotted porous potholed scaly smeared spiralled sprinkled stained stratified striped studded swirly veined waffled woven
+wrinkled zigzagged""".split()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(call):
+    """How long call takes, what it started on the GPU included."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(what, mine, other, n=7, target=None):
+    """Time mine and other in turn, n times after a warm-up; report the medians and the ratio other / mine."""
+    mine(), other()
+    times = [(seconds(mine), seconds(other)) for _ in range(n)]
+    ratios = [b / a for a, b in times]
+    return report(what, statistics.median(a for a, _ in times), statistics.median(b for _, b in times), ratios, target)
+
+
+def report(what, mine, other, ratios, target=None):
+    """A line for people on the screen, the same as JSON in benchmark.jsonl. -> ours, theirs in seconds."""
+    ratio = statistics.median(ratios)
+    print(f"{what:<62}{mine:>9.3f} s{other:>9.3f} s{ratio:>8.2f}x   {min(ratios):.2f} to {max(ratios):.2f}, n={len(ratios)}"
+          + (f"   target {target}" if target else ""), flush=True)
+    line = {"what": what, "ours_seconds": mine, "other_seconds": other, "ratio": ratio, "least": min(ratios), "most": max(ratios),
+            "pairs": len(ratios), "target": target, "device": DEVICE, "torch": str(torch.__version__), "cores": os.cpu_count()}
+    with open("benchmark.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return mine, other
+
+
+def benchmark_model(name):
+    """OpenAI's model of full size in fp32 with random weights, and ours with the same."""
+    e, resolution, vision_layers, vision_width, patch, width = SHAPES[name]
+    theirs = openai_clip(e, resolution, vision_layers, vision_width, patch, 49408, width, 12, double=False).to(DEVICE)
+    for block in theirs.transformer.resblocks:
+        block.attn_mask = block.attn_mask.to(DEVICE)
+    return theirs, clip_model.prepare(ours(theirs))
+
+
+def text_step(model, V, text_features, f, labels):
+    """Forward and backward pass of one training step, from V to the gradient of V."""
+    logits = model.logit_scale.exp() * F.normalize(f(), dim=-1) @ F.normalize(text_features(), dim=-1).T
+    V.grad = None
+    F.cross_entropy(logits, labels).backward()
+
+
+def benchmark_steps(backbone, variants):
+    """The text encoder's part of a step, then the whole step, against OpenAI's modules on 77 columns."""
+    tokenizer, (theirs, clip) = Tokenizer.openai(), benchmark_model(backbone)
+    x, labels = torch.randn(32, 3, clip.resolution, clip.resolution, device=DEVICE), torch.arange(32, device=DEVICE)
+    ready = F.normalize(torch.randn(32, clip.text_projection.shape[1], device=DEVICE), dim=-1)
+    ids = tokenizer(["X " * 16 + name + "." for name in DTD]).to(DEVICE)
+    rows = theirs.token_embedding(ids)
+
+    def picture():
+        with torch.no_grad():                            # frozen in the official code too: no gradient
+            return theirs.encode_image(x)
+
+    for position, csc in variants:
+        learner = PromptLearner(clip, tokenizer, DTD, 16, position, csc)
+
+        def plain(V=learner.V):                          # the official code's concatenation; where V stands costs nothing
+            V = V if V.dim() == 3 else V.expand(len(DTD), -1, -1)
+            return plain_text_features(theirs, torch.cat([rows[:, :1], V, rows[:, 17:]], dim=1), ids.argmax(-1))
+
+        def packed(learner=learner):
+            return clip.encode_prompts(*learner())
+
+        name = f"{backbone}, 47 classes, M=16, {'class-specific' if csc else 'unified'}, {position}"
+        first = (position, csc) == ("end", False)
+        compare(f"text step: {name}", lambda: text_step(clip, learner.V, packed, lambda: ready, labels),
+                lambda: text_step(theirs, learner.V, plain, lambda: ready, labels), target="16x" if first else None)
+        if first:
+            whole = compare(f"whole step: {name}", lambda: text_step(clip, learner.V, packed, lambda: ready, labels),
+                            lambda: text_step(theirs, learner.V, plain, picture, labels), target="25x")
+    return theirs, clip, *whole, plain
+
+
+def benchmark_floor():
+    """The step beside the time that its linear layers' multiply-adds take at the rate of a 2048 x 2048 product."""
+    clip = clip_model.prepare(CLIP(1024, clip_model.VisionTransformer(32, 32, 64, 1, 1024), 512, 12).requires_grad_(False)).to(DEVICE)
+    learner, labels = PromptLearner(clip, Tokenizer.openai(), DTD), torch.arange(32, device=DEVICE)
+    f, square = torch.randn(32, 1024, device=DEVICE), torch.randn(2048, 2048, device=DEVICE)
+    tokens, K, d = 17 + len(learner.own_rows), len(DTD), 512
+    # a layer: q, k, v, out d^2 each, the MLP 8 d^2; in the last k and v for all tokens, the rest for the K eot rows
+    multiply_adds = 11 * tokens * 12 * d * d + tokens * 2 * d * d + K * 10 * d * d + K * d * 1024
+    run = [(seconds(lambda: text_step(clip, learner.V, lambda: clip.encode_prompts(*learner()), lambda: f, labels)),
+            seconds(lambda: square @ square) * 2 * multiply_adds / 2048 ** 3) for _ in range(25)][5:]      # forward, backward
+    report("text step beside its floor (ratio: floor / step; 0.71 is 1.4x)", statistics.median(a for a, _ in run),
+           statistics.median(b for _, b in run), [b / a for a, b in run], "0.71x")
+
+
+def benchmark_memory():
+    """The peak of three training steps above the loaded model, in a process of its own."""
+    script = """
+import resource, sys, torch, clip_model, coop, test_coop
+from tokenizer import Tokenizer
+torch.manual_seed(0)
+clip = clip_model.prepare(clip_model.CLIP(1024, clip_model.ModifiedResNet(224, [3, 4, 6, 3], 64, 1024), 512, 12).requires_grad_(False).eval())
+names = [" ".join(test_coop.DTD[i // n % 47] for n in (1, 47, 2209, 103823)[:2 + i % 3]) for i in range(int(sys.argv[1]))]
+clip.encode_text(torch.ones(1, 77, dtype=torch.long))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
+before = peak()
+learner = coop.PromptLearner(clip, Tokenizer.openai(), names)
+coop.train(clip, learner, torch.randn(96, 1, 1024), torch.arange(96), 1)
+print(f"{peak() - before:.3f} {peak():.3f} {len(learner.own_rows)}")
+"""
+    for K, target in ((1000, "0.5 GiB above the model"), (20000, "3 GiB in all")):
+        out = subprocess.run([sys.executable, "-c", script, str(K)], capture_output=True, text=True, cwd=HERE, check=True).stdout.split()
+        print(f"memory of a step, {K} classes of 2 to 4 words, {out[2]} tokens: {out[0]} GiB above the model, {out[1]} GiB in all"
+              f"   target {target}", flush=True)
+
+
+def benchmark_images(names=SHAPES):
+    """The image encoder against OpenAI's, and bf16 against our own fp32."""
+    for name in names:
+        theirs, clip = benchmark_model(name)
+        size = max(1, int(32 * (224 / clip.resolution) ** 2 / (1 if name in ("RN50", "ViT-B/32", "ViT-B/16") else 8)))
+        x = torch.randn(size, 3, clip.resolution, clip.resolution, device=DEVICE).contiguous(memory_format=torch.channels_last)
+        low = clip_model.prepare(ours(theirs), torch.bfloat16)
+        with torch.inference_mode():
+            n = 7 if size >= 16 else 3
+            compare(f"image encoder: {name}, batch {size}, fp32", lambda: clip.encode_image(x), lambda: theirs.encode_image(x), n,
+                    "1.3x" if name == "RN50" else "1x")
+            compare(f"image encoder: {name}, batch {size}, bf16 against our fp32", lambda: low.encode_image(x), lambda: clip.encode_image(x), n)
+
+
+def benchmark_whole(photos):
+    """The whole job, 47 classes, 4 shots, 100 epochs, 1,692 test images, from parts measured here.
+
+    Theirs: 500 whole steps; 17 test batches of 100, for each of which the official code encodes all
+    prompts again. Their decoding is counted as nothing. Ours: image_features as it runs, decoding
+    included; 500 text steps; test images.
+    """
+    theirs, clip, our_step, their_step, plain = benchmark_steps("RN50", VARIANTS)
+    paths = sorted(pathlib.Path(photos).rglob("*.jpg"))[::9] if photos else []
+    with tempfile.TemporaryDirectory() as folder:
+        if not paths:
+            paths = sorted(pictures(pathlib.Path(folder), ["noise"], 40, (500, 400), ".jpg").rglob("*.jpg"))
+        jobs, n = [(path, list(range(4))) for path in paths], 4 * len(paths)
+        cut = seconds(lambda: list(data.crops(jobs, 224))) / n
+        rates = {}
+        for name, model in (("fp32", clip), ("bf16", clip_model.prepare(ours(theirs), torch.bfloat16))):
+            rates[name] = seconds(lambda m=model: coop.image_features(m, jobs)) / n
+    x = torch.randn(100, 3, 224, 224, device=DEVICE)
+    with torch.inference_mode():
+        theirs.encode_image(x)
+        their_test = statistics.median(seconds(lambda: (theirs.encode_image(x), plain())) for _ in range(3))
+    print(f"on {len(paths)} {'photographs' if photos else 'pictures of noise'}, images per second: decode and cut {1 / cut:.0f}; "
+          f"decode, cut and encode in fp32 {1 / rates['fp32']:.1f}, in bf16 {1 / rates['bf16']:.1f}")
+    their_job = 500 * their_step + 17 * their_test
+    for what, crops, tests, name, target in (
+            ("fresh crops, fp32", 16000, 1692, "fp32", "3x"), ("fresh crops, bf16 images", 16000, 1692, "bf16", "5x"),
+            ("--views 10, fp32", 1880, 1692, "fp32", "10x"), ("a further variant, images known", 0, 0, "fp32", "20x")):
+        our_job = (crops + tests) * rates[name] + 500 * our_step
+        report(f"whole job from parts: {what}", our_job, their_job, [their_job / our_job], target)
+
+
+if __name__ == "__main__":
+    print(f"{DEVICE}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}; "
+          "seconds of ours and of the other, median ratio and its range over n pairs\n")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    benchmark_floor()
+    benchmark_whole(sys.argv[1] if len(sys.argv) > 1 else None)
+    benchmark_steps("ViT-B/16", VARIANTS[:1])
+    benchmark_images()
+    benchmark_memory()
