@@ -313,8 +313,13 @@ def load_prompt(path):
     prompt = clip_model.read_archive(path)
     if isinstance(prompt, dict) and isinstance(prompt.get("state_dict"), dict):
         prompt = {"V": prompt["state_dict"].get("ctx"), "classnames": None, "settings": {}}
-    V = prompt.get("V") if isinstance(prompt, dict) else None
-    if not isinstance(V, torch.Tensor) or V.dim() not in (2, 3) or not V.isfinite().all() or "settings" not in prompt:
+    try:
+        V, g, names = prompt["V"], prompt.get("text_features"), prompt["classnames"]
+        sound = V.dim() in (2, 3) and V.isfinite().all() and prompt["settings"].keys() >= set() and (
+            g is None or g.isfinite().all() and len(g) == len(names) and all(isinstance(name, str) for name in names))
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
         raise ValueError(f"{path} holds no learned prompt (expected a file written by this program or by the official code)")
     return {**prompt, "V": V.float()}
 
@@ -456,7 +461,7 @@ class Experiment:
         if max(args.shots) and not self.dataset.train and not args.load:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
         self.names, self.template = self.dataset.classnames, args.template or self.dataset.template
-        for variant in itertools.product(args.M, args.position, args.csc):       # do they fit? before any long work
+        for variant in () if args.load else itertools.product(args.M, args.position, args.csc):      # do they fit? before any long work
             PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init)
         self.results, file = Results(args.out), f"{self.clip.sha256[:16]}-{args.precision}.sqlite"
         self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / file)
@@ -494,7 +499,7 @@ class Experiment:
             line = {**line, **measured}
             self.results.add(line)
         self.shown.append(line)
-        print(f"{row_name(line)}, {line['shots']} shots" + f", seed {line['seed']}" * (line["seed"] is not None)
+        print(row_name(line) + f", {line['shots']} shot{'s' * (line['shots'] != 1)}, seed {line['seed']}" * (line["seed"] is not None)
               + f": {line['accuracy']:.2f} %  {note}", flush=True)
 
     def known(self, line):
@@ -626,26 +631,27 @@ def nearest_words(prompt, clip, tokenizer, count):
 
 
 def use(args):
-    """What --load asks for: predictions, an export, words, the accuracy on another dataset."""
+    """What --load asks for: the accuracy on another dataset, words, predictions, an export."""
     prompt = load_prompt(args.load)
     args.backbone = args.backbone or prompt.get("path") or "RN50"
     if (args.predict or args.export) and "text_features" not in prompt:
-        raise ValueError(f"{args.load} comes from the official code and tells no class names: give them by --data")
+        raise ValueError(f"{args.load} comes from the official code and tells no class names; it can be tested with --data")
+    experiment = Experiment(args) if args.data else None
+    clip, tokenizer = (experiment.clip, experiment.tokenizer) if experiment else open_clip(args)
+    if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
+        raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}")
+    if prompt["V"].shape[-1] != clip.token_embedding.embedding_dim:
+        raise ValueError(f"{args.load} holds vectors of width {prompt['V'].shape[-1]}, {args.backbone} reads {clip.token_embedding.embedding_dim}")
+    if experiment:
+        experiment.zero_shot(args.classes)
+        experiment.transfer(prompt, args.classes)
+    if args.words:
+        nearest_words(prompt, clip, tokenizer, args.words)
+    if args.predict:
+        predict(prompt, clip, args.predict, args.json)
     if args.export:
         export(prompt, args.export)
         print(f"{args.export}: {len(prompt['classnames'])} classes")
-    if args.predict or args.words:
-        clip, tokenizer = open_clip(args)
-        if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
-            raise ValueError(f"{args.load} was learned for other weights than {args.backbone}")
-        if args.words:
-            nearest_words(prompt, clip, tokenizer, args.words)
-        if args.predict:
-            predict(prompt, clip, args.predict, args.json)
-    if args.data:
-        experiment = Experiment(args)
-        experiment.zero_shot(args.classes)
-        experiment.transfer(prompt, args.classes)
 
 
 def mislabel(labels, share, K, seed):

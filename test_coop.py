@@ -160,6 +160,8 @@ def test_tokenizer_call():
     with pytest.raises(ValueError, match=rf"82 tokens.*77.*{long}"):
         tokenizer(["fine", long])
     assert (tokenizer("very " * 75)[0] != 0).all()       # 75 + 2 = 77 just fits
+    with pytest.raises(ValueError, match="78 tokens"):
+        tokenizer("very " * 76)
 
 
 def test_byte_tokenizer():
@@ -718,8 +720,8 @@ def test_training_equals_the_textbook(position, csc):
 
 
 def test_evaluate_is_percent_of_nearest_by_cosine():
-    f, g = torch.tensor([[1.0, 0.1], [0.0, 9.0], [5.0, 4.0], [-1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 0.1]])
-    assert coop.evaluate(f, g, torch.tensor([0, 1, 0, 0])) == 75.0
+    f, g = torch.tensor([[1.0, 0.1], [0.2, 9.0], [5.0, 4.0], [-1.0, 0.0]]), torch.tensor([[9.0, 0.0], [0.0, 0.1]])
+    assert coop.evaluate(f, g, torch.tensor([0, 1, 0, 0])) == 75.0           # the second one: by cosine, not by length
 
 
 def test_a_loss_that_is_no_number_stops_training():
@@ -842,6 +844,15 @@ def test_same_command_same_numbers_and_no_image_encoded_twice(world, tmp_path, c
     assert encoded("--shots", "2", "--precision", "bf16") == 9 + 6 * 3
 
 
+def test_a_run_trains_on_the_draw_of_its_seed(world, tmp_path, capsys, monkeypatch):
+    """Seed s of the command line draws what random.Random(s) draws from the training list."""
+    drawn, original = [], coop.training_features
+    monkeypatch.setattr(coop, "training_features", lambda clip, items, *rest: drawn.append(items) or original(clip, items, *rest))
+    command([*world, "--shots", "2", "--seeds", "0", "5", "--epochs", "1"], tmp_path, capsys)
+    train = data.load_dataset(world[1]).train
+    assert drawn == [data.few_shot(train, 2, random.Random(0)), data.few_shot(train, 2, random.Random(5))] and drawn[0] != drawn[1]
+
+
 def test_only_crops_that_a_batch_uses_are_encoded():
     """Of 40 images each epoch drops 8; their crops are neither encoded nor read (NaN would stop training)."""
     items, seen = [(f"image {i}", 0) for i in range(40)], []
@@ -962,6 +973,13 @@ def test_base_and_new(world, tmp_path, capsys):
     assert [coop.subset(5, c) for c in ("all", "base", "new")] == [[0, 1, 2, 3, 4], [0, 1, 2], [3, 4]]
 
 
+def wider(folder):
+    """A weight file of another width."""
+    clip = CLIP(32, clip_model.VisionTransformer(64, 32, 64, 1, 32), 64, 1, vocab_size=514)
+    torch.save(clip.state_dict(), folder / "wider.pt")
+    return folder / "wider.pt"
+
+
 def test_a_learned_prompt_on_another_dataset(world, tmp_path, capsys):
     """A unified prompt goes with any classes and equals V put before their names; a class-specific one with its own only."""
     other = pictures(tmp_path / "other" / "train", ["wool", "grid"], 2).parent
@@ -975,6 +993,8 @@ def test_a_learned_prompt_on_another_dataset(world, tmp_path, capsys):
     g = coop.learned_features(clip, Tokenizer(), ["grid", "wool"], clip_model.read_archive(unified)["V"], "end")
     f = coop.image_features(clip, [(path, [data.TEST]) for path, _ in dataset.test])
     assert lines(tmp_path / "o")[-1]["accuracy"] == coop.evaluate(f, g, torch.tensor([label for _, label in dataset.test]))
+    code, _, err = command(["--load", unified, *world[:2], "--backbone", str(wider(tmp_path)), *tail], tmp_path / "o", capsys)
+    assert code == 2 and "learned for other weights" in err
     code, _, err = command(["--load", specific, "--data", str(other), *tail], tmp_path / "o", capsys)
     assert code == 2 and "none for 'wool'; only a unified prompt goes with other classes" in err
     code, _, err = command(["--load", specific, "--data", world[1], *tail], tmp_path / "o", capsys)
@@ -1000,6 +1020,8 @@ def test_official_checkpoints(world, tmp_path, capsys):
     assert lines(tmp_path)[-1]["accuracy"] == coop.evaluate(f, g, torch.tensor([label for _, label in dataset.test]))
     code, _, err = command(["--load", str(file), "--predict", world[1]], tmp_path, capsys)
     assert code == 2 and "tells no class names" in err
+    code, _, err = command(["--load", str(file), *world[:2], "--backbone", str(wider(tmp_path))], tmp_path, capsys)
+    assert code == 2 and re.search("vectors of width 128, .* reads 64", err)
 
 
 def test_predict_and_export(world, tmp_path, capsys):
