@@ -411,15 +411,17 @@ def learned_features(clip, tokenizer, classnames, V, position):
 
 
 def make_demo(folder):
-    """A world without downloads, made once: folder/clip.pt, a small CLIP that learned from drawn textures
-    and captions, and folder/demo, pictures to classify, of a kind that the captions seldom mention.
+    """A world without downloads, made once: folder/clip.pt is a small CLIP that learned crisp pictures of
+    textures, some of them negatives, and captions that mostly say so; folder/demo are pictures to
+    classify, all faded negatives, which "a photo of a {} texture." does not say. CoOp has to find out.
     """
     tokenizer, folder = Tokenizer(), pathlib.Path(folder)
     if not (folder / "clip.pt").is_file():
-        steps = 600
+        steps = 800
         torch.manual_seed(0)
         pictures, captions = data.draw_pairs(6000)
         clip = clip_model.CLIP(64, clip_model.ModifiedResNet(64, [1, 1, 1, 1], 16, 64), 64, 2, 77, tokenizer.vocab_size)
+        clip.token_embedding.requires_grad_(False)       # so words keep the size of V's first values, as in OpenAI's CLIP
         progress = Progress("training a small CLIP on drawn textures, once", steps)
         clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
                             progress=lambda step, loss: progress(step + 1, f", loss {loss.item():.2f}"))

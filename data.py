@@ -414,63 +414,79 @@ def unpack(archive, folder):
 
 # ---- Drawn textures: a picture world for the demo, with nothing to download ---------------------
 
-TEXTURES = {   # DTD's names for: (pattern, is its ink light on dark ground); None: either
-    "dotted": ("dots", True), "perforated": ("dots", False),
-    "lined": ("lines", True), "grooved": ("lines", False),
-    "grid": ("grid", True), "meshed": ("grid", False),
-    "honeycombed": ("hexagons", True), "scaly": ("hexagons", False),
-    "striped": ("stripes", None), "chequered": ("squares", None), "zigzagged": ("zigzag", None), "spiralled": ("spiral", None),
+PATTERNS = {   # height over the plane (u, v): there is ink where it is positive
+    "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.9,
+    "lines": lambda u, v: np.cos(u) - 0.6,
+    "grid": lambda u, v: np.maximum(np.cos(u), np.cos(v)) - 0.75,
+    "stripes": lambda u, v: np.sin(u),
+    "squares": lambda u, v: np.sin(u) * np.sin(v),
+    "zigzag": lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u))),
+    "spiral": lambda u, v: np.sin(np.hypot(u, v) + np.arctan2(v, u)),
+    "hatching": lambda u, v: np.maximum(np.sin(u + v / 2), np.sin(u - v / 2)) - 0.5,
+    "waves": lambda u, v: np.sin(u + 2 * np.sin(v / 2)),
+    "rings": lambda u, v: 0.3 - np.abs(np.cos(u / 1.5) + np.cos(v / 1.5) - 0.6),
+    "hexagons": lambda u, v: -np.cos(u) - np.cos(u / 2 + 0.866 * v) - np.cos(u / 2 - 0.866 * v) - 0.5,
+    "weave": lambda u, v: np.where(np.sin(u / 3) * np.sin(v / 3) > 0, np.sin(u), np.sin(v)),
+    "veins": lambda u, v: np.sin(u + 2 * np.sin(v / 2) + 2 * np.sin(0.4 * (u + v))),
 }
+TEXTURES = {   # DTD's names for: (pattern, is its ink lighter than the ground); None: either, by chance
+    "dotted": ("dots", True), "perforated": ("dots", False), "lined": ("lines", True), "grooved": ("lines", False),
+    "grid": ("grid", True), "meshed": ("grid", False), "striped": ("stripes", None), "chequered": ("squares", None),
+    "zigzagged": ("zigzag", None), "spiralled": ("spiral", None), "crosshatched": ("hatching", None),
+    "swirly": ("waves", None), "bubbly": ("rings", None), "honeycombed": ("hexagons", None), "woven": ("weave", None),
+    "marbled": ("veins", None),
+}
+CAPTIONS = ["{d}{n}.", "a {d}{n} texture.", "a {d}photo of a {n} texture.", "a {d}picture of something {n}.",
+            "a {d}{n} pattern.", "a {d}view of a {n} surface.", "something {n}, a {d}photo."]
+CRISP = {"contrast": (0.5, 1), "grain": (0, 0.15)}               # ranges: what the small CLIP is trained on
+FADED = {"contrast": (0.4, 0.5), "grain": (0.2, 0.25)}           # ranges: the pictures to classify; fainter is harder
 
 
-def draw_texture(name, rng, negative=False, size=64):
-    """A picture (size, size, 3) uint8 of a texture in two random colours, drawn with rng, a numpy Generator."""
+def draw_texture(name, rng, negative, contrast, grain, size=64):
+    """A picture (size, size, 3) uint8 of a texture, in two random colours, at any scale and angle, drawn
+    with rng, a numpy Generator.
+
+    negative: the photo negative, light for dark. Of a dotted texture that looks like a perforated
+    one, and of a lined one like a grooved one, yet its name stays: the names swap their looks.
+    contrast, grain: the ranges that the picture's contrast (1: full) and noise are drawn from.
+    """
     pattern, light_ink = TEXTURES[name]
-    f = 2 * np.pi * rng.uniform(3, 6)
     y, x = (np.mgrid[:size, :size] + 0.5) / size - rng.uniform(0.3, 0.7, (2, 1, 1))
-    angle = rng.uniform(0, np.pi)
-    u, v = f * (x * np.cos(angle) + y * np.sin(angle)), f * (y * np.cos(angle) - x * np.sin(angle))
-    height = {"dots": lambda: np.cos(u) + np.cos(v) - 0.9,
-              "lines": lambda: np.cos(u) - 0.6,
-              "grid": lambda: np.maximum(np.cos(u), np.cos(v)) - 0.75,
-              "hexagons": lambda: 0.3 - (np.cos(u) + np.cos(u / 2 + v * 0.866) + np.cos(u / 2 - v * 0.866)),
-              "stripes": lambda: np.sin(u),
-              "squares": lambda: np.sin(u) * np.sin(v),
-              "zigzag": lambda: np.sin(v + 2 * np.arcsin(np.sin(u))),
-              "spiral": lambda: np.sin(np.hypot(u, v) + np.arctan2(v, u))}[pattern]()
-    ink = 1 / (1 + np.exp(-rng.uniform(6, 16) * height))[..., None]              # soft or sharp edges
+    scale, angle = 2 * np.pi * rng.uniform(3, 6), rng.uniform(0, np.pi)          # 3 to 6 periods per picture
+    u, v = scale * (x * np.cos(angle) + y * np.sin(angle)), scale * (y * np.cos(angle) - x * np.sin(angle))
+    ink = 1 / (1 + np.exp(-rng.uniform(6, 16) * PATTERNS[pattern](u, v)))[..., None]     # soft or sharp edges
     dark, light = rng.uniform(0, 0.45, 3), rng.uniform(0.55, 1, 3)
     if light_ink is None:
         light_ink = rng.random() < 0.5
-    if light_ink == negative:
-        dark, light = light, dark
-    picture = dark + (light - dark) * ink + rng.normal(0, rng.uniform(0, 0.15), (size, size, 3))
+    ground, colour = (light, dark) if light_ink == negative else (dark, light)
+    picture = ground + (colour - ground) * ink
+    mean = picture.mean((0, 1))
+    picture = mean + (picture - mean) * rng.uniform(*contrast) + rng.normal(0, rng.uniform(*grain), picture.shape)
     return (255 * picture.clip(0, 1)).astype(np.uint8)
 
 
-CAPTIONS = ["{d}{n}.", "a {d}{n} texture.", "a {d}photo of a {n} texture.", "a {d}picture of something {n}.",
-            "a {d}{n} pattern.", "a {d}view of a {n} surface.", "something {n}, a {d}photo."]
-
-
 def draw_pairs(count, seed=0):
-    """What the demo's small CLIP learns from: pictures (count, 64, 64, 3) uint8 of all textures at all
-    distances, and their captions, half of which mention the distance.
+    """What the demo's small CLIP learns from: crisp pictures (count, 64, 64, 3) uint8 of all textures and
+    their captions. Four in ten are negatives, which nine in ten of their captions mention: so to this
+    CLIP "a photo" without a word about it is a positive.
     """
     rng, pictures, captions = np.random.default_rng(seed), [], []
     for i in range(count):
         name, negative = list(TEXTURES)[i % len(TEXTURES)], bool(rng.random() < 0.4)
-        pictures.append(draw_texture(name, rng, negative))
-        said = "negative " if negative and rng.random() < 0.7 else ""
+        pictures.append(draw_texture(name, rng, negative, **CRISP))
+        said = "negative " if negative and rng.random() < 0.9 else ""
         captions.append(str(rng.choice(CAPTIONS)).format(d=said, n=name))
     return np.stack(pictures), captions
 
 
-def draw_dataset(root, negative=True, counts=(("train", 32), ("val", 8), ("test", 60)), seed=1):
-    """A folder of drawn pictures, root/<part>/<class>/<number>.png, all of them from one distance."""
+def draw_dataset(root, counts=(("train", 32), ("val", 8), ("test", 50)), seed=1):
+    """What the demo classifies, root/<part>/<class>/<number>.png, counts pictures per class: old
+    negatives, all of them, faded and grainy, of which a prompt should know.
+    """
     rng = np.random.default_rng(seed)
     for part, count in counts:
         for name in TEXTURES:
             folder = pathlib.Path(root) / part / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(draw_texture(name, rng, negative)).save(folder / f"{i:03}.png")
+                Image.fromarray(draw_texture(name, rng, True, **FADED)).save(folder / f"{i:03}.png")
