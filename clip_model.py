@@ -203,12 +203,11 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
         self.out_proj = nn.Linear(d, d)
 
-    def forward(self, x, mask=None, rows=slice(None)):
+    def forward(self, x, mask=None, rows=None):
         """x (B, L, d) -> (B, rows, d): what the tokens at `rows` gather from all that they may see."""
-        d, W, b = x.shape[-1], self.in_proj_weight, self.in_proj_bias
-        q = F.linear(x[:, rows], W[:d], b[:d])
-        k, v = F.linear(x, W[d:], b[d:]).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))    # (B, heads, L, d / heads)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # (B, L, 3 d) -> each (B, heads, L, d / heads)
+        q = q if rows is None else q[:, :, rows]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
@@ -223,8 +222,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(d, 4 * d), gelu=QuickGELU(), c_proj=nn.Linear(4 * d, d)))
         self.ln_2 = nn.LayerNorm(d)
 
-    def forward(self, x, mask=None, rows=slice(None)):
-        x = x[:, rows] + self.attn(self.ln_1(x), mask, rows)
+    def forward(self, x, mask=None, rows=None):
+        x = (x if rows is None else x[:, rows]) + self.attn(self.ln_1(x), mask, rows)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -233,7 +232,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(d, heads) for _ in range(layers))
 
-    def forward(self, x, mask=None, rows=slice(None)):
+    def forward(self, x, mask=None, rows=None):
         """(B, L, d) -> (B, rows, d).  Below the last layer every token is needed, as others look at
         it; in the last one only the rows that somebody reads.  mask (L, L) is added to the scores.
         """
@@ -279,10 +278,10 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width))
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(self.pool(y)))
-        return F.relu(y + self.downsample(self.pool(x)))
+        return F.relu(y.add_(self.downsample(self.pool(x))), inplace=True)
 
 
 class AttentionPool(nn.Module):
@@ -298,9 +297,9 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(width, e)
 
     def forward(self, x):
-        x = x.flatten(2).transpose(1, 2)                                # (B, width, h, w) -> (B, h * w, width)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)                         # (B, width, h, w) -> (B, h * w, width)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding
-        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.q_proj(x[:, 0])[:, None], self.k_proj(x), self.v_proj(x)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = F.scaled_dot_product_attention(q, k, v)                     # (B, heads, 1, width / heads)
         return self.c_proj(x.transpose(1, 2).flatten(1))
@@ -325,7 +324,7 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, x):
         for i in (1, 2, 3):
-            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)))
+            x = F.relu(getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x)), inplace=True)
         x = F.avg_pool2d(x, 2)                                          # (B, width, R / 4, R / 4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))       # (B, 32 width, R / 32, R / 32)
         return self.attnpool(x)

@@ -193,7 +193,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     What the cache (data.FeatureCache) holds is not computed again; what is computed is put there.
     """
     device = clip.logit_scale.device
-    size = 256 if device.type == "cuda" else 32
+    size = 256 if device.type == "cuda" else 8            # on a CPU larger batches fall out of its caches
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
     todo, row = [], 0                                    # todo: (path, {crop number: row})
     for (path, numbers), known in zip(jobs, cache.get([path for path, _ in jobs]) if cache else [{}] * len(jobs)):
