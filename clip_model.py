@@ -155,7 +155,7 @@ class CLIP(nn.Module):
         """The model that a state dict with OpenAI's key names belongs to, its sizes read off the
         shapes; weights as fp32, in eval mode.  Raises ValueError if names or shapes do not fit.
         """
-        sd = {k: v.detach().float() if v.is_floating_point() else v.detach() for k, v in sd.items()
+        sd = {k: v.detach().to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in sd.items()
               if k not in ("input_resolution", "context_length", "vocab_size")}
         bad = [k for k, v in sd.items() if not torch.isfinite(v).all()]
         if bad:
@@ -166,6 +166,8 @@ class CLIP(nn.Module):
 
         try:
             e, conv1 = sd["text_projection"].shape[1], sd["visual.conv1.weight"]
+            if not count("transformer.resblocks.") or len(sd["text_projection"]) % 64:
+                raise ValueError("not the weights of a CLIP model: no text layers, or a width that is no multiple of 64")
             with torch.device("meta"):             # no memory and no random numbers: weights come below
                 if "visual.proj" in sd:
                     grid = round((len(sd["visual.positional_embedding"]) - 1) ** 0.5)
@@ -378,7 +380,7 @@ def load(name_or_path, device="cpu"):
     digest = sha256(path)
     try:
         sd = tensors(read_archive(path))
-    except ValueError:
+    except (ValueError, RecursionError):
         if digest not in (known for _, known in MODELS.values()):
             raise
         sd = torch.jit.load(path, map_location="cpu").state_dict()      # OpenAI's own file: may run its code

@@ -19,6 +19,8 @@ import argparse
 import collections
 import contextlib
 import functools
+import importlib.util
+import io
 import itertools
 import json
 import math
@@ -30,6 +32,7 @@ import shutil
 import statistics
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -86,7 +89,7 @@ class PromptLearner(nn.Module):
         V = torch.randn((K, M, embedding.shape[1]) if csc else (M, embedding.shape[1])) * 0.02
         if init is not None:
             V = embedding[torch.tensor(words, device=embedding.device)].expand(V.shape).clone()
-        self.V = nn.Parameter(V.to(embedding))           # fp32: in half precision small steps would be lost
+        self.V = nn.Parameter(V.to(embedding))           # fp32 as the text encoder: in fp16 small steps would be lost
 
     def forward(self):
         """-> shared (P, d), own (sum of lengths, d), lengths (K,): what CLIP.encode_prompts takes."""
@@ -105,7 +108,7 @@ def batches(N, T, seed, size=32):
 def learning_rate(n, T):
     """The official schedule: one epoch of warm-up at 1e-5, so that the first gradients, taken far from
     any good V, cannot throw it off; then a cosine from 0.002. The warm-up epoch counts as one of
-    the T, so the cosine stops one step short of zero: odd, and kept.
+    the T, so the cosine stops short of zero, at an angle of pi (T - 2) / T: odd, and kept.
     """
     return 1e-5 if n == 0 else 0.001 * (1 + math.cos(math.pi * (n - 1) / T))
 
@@ -147,7 +150,8 @@ def generalised_cross_entropy(logits, labels, q=0.5):
     """(1 - p^q) / q, p the probability of the label (arXiv 1805.07836): between cross-entropy (q -> 0) and
     the share of mistakes (q = 1), so that a wrong label, which stays improbable, pulls less.
     """
-    return ((1 - logits.softmax(-1).gather(1, labels[:, None]) ** q) / q).mean()
+    log_p = logits.log_softmax(-1).gather(1, labels[:, None])
+    return (-torch.expm1(q * log_p) / q).mean()          # as p^q - 1, but with a gradient also where p is 0
 
 
 def evaluate(image_features, text_features, labels):
@@ -193,7 +197,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     What the cache (data.FeatureCache) holds is not computed again; what is computed is put there.
     """
     device = clip.logit_scale.device
-    size = 256 if device.type == "cuda" else 8            # on a CPU larger batches fall out of its caches
+    size = 256 if device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits the caches
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
     todo, row = [], 0                                    # todo: (path, {crop number: row})
     for (path, numbers), known in zip(jobs, cache.get([path for path, _ in jobs]) if cache else [{}] * len(jobs)):
@@ -212,6 +216,8 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
                 paths, numbers, rows, batch = zip(*waiting[:size])
                 x = data.normalise(torch.stack([torch.from_numpy(crop) for crop in batch]).to(device))
                 features[list(rows)] = clip.encode_image(x).float().cpu()
+                if not features[list(rows)].isfinite().all():
+                    raise ValueError(f"features of {paths[0]} or its neighbours are not numbers: damaged weights, or too large for --precision")
                 if cache:
                     cache.put(paths, numbers, features[list(rows)].numpy())
                 waiting, done = waiting[size:], done + len(rows)
@@ -223,7 +229,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
 
 def training_features(clip, items, T, views=0, seed=1, cache=None):
     """Features (N, views or T, e) of the crops that train() reads; of the others, NaN."""
-    crops = views or T
+    crops = min(views or T, T)
     needed = torch.zeros(len(items), crops, dtype=torch.bool)
     for n, epoch in enumerate(batches(len(items), T, seed)):
         for batch in epoch:
@@ -272,35 +278,45 @@ def linear_probe(train, val):
 class Results:
     """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
 
-    SETTINGS = ("method dataset backbone weights shots seed M position csc init epochs views classes precision template "
+    SETTINGS = ("method dataset images backbone weights shots seed M position csc init epochs views classes precision template "
                 "loss noise keep prompt").split()
 
     def __init__(self, out):
         self.file, self.lines = out / "results.jsonl", []
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []:
+        for text in self.file.read_text(encoding="utf-8", errors="replace").splitlines() if self.file.is_file() else []:
             with contextlib.suppress(ValueError):        # a line that a crash cut off counts as absent
-                self.lines.append(json.loads(line))
+                line = json.loads(text)
+                self.lines += [line] if isinstance(line, dict) and "accuracy" in line else []
+
+    def same(self, a, b):
+        """Whether two results come from the same settings."""
+        return all(a.get(key) == b.get(key) for key in self.SETTINGS)
 
     def find(self, result):
         """The last line with the same settings, or None."""
-        same = [r for r in self.lines if all(r.get(key) == result.get(key) for key in self.SETTINGS)]
-        return same[-1] if same else None
+        return next((line for line in reversed(self.lines) if self.same(line, result)), None)
 
-    def add(self, result):
-        self.lines.append(result)
+    def add(self, *results):
+        self.lines += results
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             start = b"" if file.read(1) in (b"", b"\n") else b"\n"
-            file.write(start + json.dumps(result).encode() + b"\n")
+            file.write(start + b"".join(json.dumps(result).encode() + b"\n" for result in results))
 
 
 def save(obj, path):
-    """torch.save, whole or not at all."""
+    content = io.BytesIO()
+    torch.save(obj, content)                             # in memory: straight to a full disk it would raise no OSError
+    write(content, path)
+
+
+def write(content, path):
+    """A file, whole or not at all: under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(obj, temporary)
+        temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -359,8 +375,9 @@ def cells(results):
     found = {}
     for r in results:
         found.setdefault(row_name(r), {}).setdefault(r["shots"], []).append(r["accuracy"])
-    if results[0]["backbone"] == "RN50" and results[0]["dataset"] in PAPER and results[0]["classes"] == "all":
-        numbers = dict(zip((0, 1, 2, 4, 8, 16), PAPER[results[0]["dataset"]]))
+    first, theirs = results[0], clip_model.MODELS["RN50"][1]
+    if theirs.startswith(first["weights"]) and first["dataset"] in PAPER and first["classes"] == "all":
+        numbers = dict(zip((0, 1, 2, 4, 8, 16), PAPER[first["dataset"]]))
         found["the paper's zero-shot, M=16 end"] = {c: [numbers[c]] for row in list(found.values()) for c in row if c in numbers}
     return found
 
@@ -378,10 +395,7 @@ def table(results):
 
 def plot(results, file):
     """The paper's figure 3: accuracy against shots, zero-shot as a star, the spread over seeds as a band."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib                                    # the one optional package; parse() looks for it
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
@@ -463,17 +477,26 @@ class Experiment:
         if max(args.shots) and not self.dataset.train and not args.load:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
         self.names, self.template = self.dataset.classnames, args.template or self.dataset.template
-        for variant in () if args.load else itertools.product(args.M, args.position, args.csc):      # do they fit? before any long work
-            PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init)
+        variants = [] if args.load else list(itertools.product(args.M, args.position, args.csc))
+        shapes = [PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init).V.shape for variant in variants]  # they fit
         self.results, file = Results(args.out), f"{self.clip.sha256[:16]}-{args.precision}.sqlite"
         self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / file)
         backbone = pathlib.Path(args.backbone).stem if os.path.isfile(args.backbone) else args.backbone.replace("/", "-")
-        self.common = {"dataset": self.dataset.name, "backbone": backbone, "weights": self.clip.sha256[:16],
+        parts = (self.dataset.train, self.dataset.val, self.dataset.test)
+        listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in parts]))
+        self.common = {"dataset": self.dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone, "weights": self.clip.sha256[:16],
                        "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
-        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen, "
+        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen; "
               f"images in {args.precision}")
         print(f"{self.dataset.name}: K = {len(self.names)} classes, {len(self.dataset.train)} training and {len(self.dataset.test)} test images")
+        if shapes and max(args.shots):
+            how_long = f"{args.epochs} epochs" if args.epochs else "epochs by shots, as the paper"
+            print("to learn: V " + " or ".join(f"{tuple(shape)}, {shape.numel():,} numbers" for shape in dict.fromkeys(shapes))
+                  + f"; shots {args.shots}, seeds {args.seeds}, {how_long}, "
+                  + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
+        if self.cache:
+            print(f"feature cache: {self.cache.path}, {self.cache.path.stat().st_size / 2 ** 20:.0f} MB")
         smallest = min(collections.Counter(label for _, label in self.dataset.train).values(), default=0)
         if smallest < max(args.shots) and not args.load:
             print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
@@ -504,6 +527,13 @@ class Experiment:
         print(row_name(line) + f", {line['shots']} shot{'s' * (line['shots'] != 1)}, seed {line['seed']}" * (line["seed"] is not None)
               + f": {line['accuracy']:.2f} %  {note}", flush=True)
 
+    def add_all(self, found, note):
+        """Results of one prompt, on base and on new classes."""
+        for line in found:
+            self.add(line, note)
+        if len(found) > 1:
+            print(f"  harmonic mean of base and new: {statistics.harmonic_mean([line['accuracy'] for line in found]):.2f} %")
+
     def known(self, line):
         return None if self.args.again else self.results.find(line)
 
@@ -528,37 +558,35 @@ class Experiment:
         """One run: draw the shots, learn V, test it, save it; nothing if that is done already."""
         args, names, device = self.args, self.names_of(self.args.classes), self.clip.logit_scale.device
         T = args.epochs or epochs(shots, self.dataset.name)
-        M = M if args.init is None else len(self.tokenizer.encode(args.init))
+        torch.manual_seed(seed)
+        learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
+        M = learner.V.shape[-2]                          # with --init the number of its tokens
         line = self.line("coop", shots, seed, args.classes, M=M, position=position, csc=csc, init=args.init, epochs=T, views=args.views,
                          loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
         file, start = args.out / file_name(line), time.time()
-        others = [] if csc or args.classes != "base" else [{**line, "classes": "new", "n_test": len(self.part("new")[1])}]
-        known = [self.known(one) for one in (line, *others)]
-        if all(known) and file.is_file():
-            for one in known:
-                self.add(one, "(known; --again repeats it)")
-            return
+        tests = [line] if csc or args.classes != "base" else [line, {**line, "classes": "new", "n_test": len(self.part("new")[1])}]
+        known = [self.known(one) for one in tests]
+        if all(known) and file.is_file() and self.results.same(load_prompt(file)["settings"], line):
+            return self.add_all(known, "(known; --again repeats it)")
         items, _ = self.shots(self.dataset, shots, seed)
+        if not items or not all(one["n_test"] for one in tests):
+            raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
         features = training_features(self.clip, items, T, args.views, seed, self.cache).to(device)
         labels = mislabel([label for _, label in items], args.noise, len(names), seed)
         encoded = time.time()
-        torch.manual_seed(seed)
-        learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
         progress = Progress("learning V, epochs", T)
         train(self.clip, learner, features, torch.tensor(labels, device=device), T, seed, LOSSES[args.loss], args.keep,
               self.hand_written(args.classes) if args.keep else None,
               lambda n, loss, accuracy: progress(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
-        g = learned_features(self.clip, self.tokenizer, names, learner.V.detach(), position)
-        f, test_labels = self.part(args.classes)
-        measured = {"accuracy": evaluate(f, g.cpu(), test_labels), "seconds_images": round(encoded - start, 2),
-                    "seconds_training": round(time.time() - encoded, 2)}
-        save({"V": learner.V.detach().cpu(), "classnames": names, "text_features": g.cpu(), "logit_scale": self.clip.logit_scale.cpu(),
-              "resolution": self.clip.resolution, "path": str(args.backbone), "settings": {**line, **measured}}, file)
-        self.add(line, f"images {measured['seconds_images']:.1f} s, training {measured['seconds_training']:.1f} s -> {file}", **measured)
-        for new in others:                               # a unified context goes with names that it never saw
-            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of("new"), learner.V.detach(), position), self.part("new")
-            measured["accuracy"], base = evaluate(f, g.cpu(), labels), measured["accuracy"]
-            self.add(new, f"harmonic mean {statistics.harmonic_mean([base, measured['accuracy']]):.2f} %", **measured)
+        V, measured = learner.V.detach(), {"seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
+        for one in tests:                                # a unified context goes with names that it never saw, too
+            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(one["classes"]), V, position), self.part(one["classes"])
+            one |= {**measured, "accuracy": evaluate(f, g.cpu(), labels)}
+        save({"V": V.cpu(), "classnames": names, "logit_scale": self.clip.logit_scale.cpu(), "resolution": self.clip.resolution,
+              "text_features": learned_features(self.clip, self.tokenizer, names, V, position).cpu(), "path": str(args.backbone),
+              "settings": line}, file)
+        self.results.add(*tests)
+        self.add_all(tests, f"images {line['seconds_images']:.1f} s, training {line['seconds_training']:.1f} s -> {file}")
 
     def probe(self, shots, seed):
         """The paper's other baseline: a linear classifier on the image features, test crops for training too."""
@@ -584,7 +612,7 @@ class Experiment:
             if strangers or (prompt["classnames"] is None and len(V) != len(names)):
                 raise ValueError(f"{self.args.load} has a context for each of its own {len(V)} classes and none for "
                                  f"{strangers[0] if strangers else 'others'!r}; only a unified prompt goes with other classes")
-            V = V[[(prompt["classnames"] or names).index(name) for name in names]]
+            V = V if prompt["classnames"] in (None, names) else V[[prompt["classnames"].index(name) for name in names]]
         position = old.get("position") or self.args.position[0]
         g = learned_features(self.clip, self.tokenizer, names, V, position)
         f, labels = self.part(classes)
@@ -605,20 +633,25 @@ def predict(prompt, clip, paths, as_json):
 
     g, names = prompt["text_features"].to(clip.logit_scale.device), prompt["classnames"]
     files, batch = pictures(), 32
+    first = next(files, None)
+    if first is None:
+        raise ValueError(f"{', '.join(paths)}: no pictures there")
+    files = itertools.chain([first], files)
     while chunk := list(itertools.islice(files, batch)):
         f = image_features(clip, [(path, [TEST]) for path in chunk], what="").to(g.device)
         chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
         for path, row in zip(chunk, chances):
             best = [(names[i], round(row[i].item(), 4)) for i in row.topk(min(5, len(names))).indices.tolist()]
-            print(json.dumps({"image": str(path), "classes": dict(best)}) if as_json else
+            print(json.dumps({"image": str(path), "classes": best}) if as_json else
                   f"{path}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
 
 
 def export(prompt, file):
     """K text features of unit length, class names, scale and pixel constants: a classifier for numpy."""
-    with open(file, "wb") as stream:
-        np.savez(stream, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]),
-                 logit_scale=prompt["logit_scale"].exp().item(), mean=data.MEAN.numpy(), std=data.STD.numpy(), resolution=prompt["resolution"])
+    content = io.BytesIO()
+    np.savez(content, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]),
+             logit_scale=prompt["logit_scale"].exp().item(), mean=data.MEAN.numpy(), std=data.STD.numpy(), resolution=prompt["resolution"])
+    write(content, file)
 
 
 def nearest_words(prompt, clip, tokenizer, count):
@@ -627,7 +660,7 @@ def nearest_words(prompt, clip, tokenizer, count):
     for i, V in enumerate(prompt["V"].to(embedding).reshape(-1, *prompt["V"].shape[-2:])):
         if prompt["V"].dim() == 3:
             print(prompt["classnames"][i] if prompt["classnames"] else f"class {i}")
-        for m, (distances, ids) in enumerate(zip(*torch.cdist(V, embedding).topk(count, largest=False)), 1):
+        for m, (distances, ids) in enumerate(zip(*torch.cdist(V, embedding, compute_mode="donot_use_mm_for_euclid_dist").topk(min(count, len(embedding)), largest=False)), 1):
             words = ", ".join(f"{tokenizer.decode([j]).strip()} {d:.4f}" for j, d in zip(ids.tolist(), distances.tolist()))
             print(f"  V{m}: {words}")
 
@@ -635,9 +668,11 @@ def nearest_words(prompt, clip, tokenizer, count):
 def use(args):
     """What --load asks for: the accuracy on another dataset, words, predictions, an export."""
     prompt = load_prompt(args.load)
-    args.backbone = args.backbone or prompt.get("path") or "RN50"
     if (args.predict or args.export) and "text_features" not in prompt:
         raise ValueError(f"{args.load} comes from the official code and tells no class names; it can be tested with --data")
+    args.backbone = args.backbone or prompt.get("path")
+    if args.backbone is None:
+        raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
     experiment = Experiment(args) if args.data else None
     clip, tokenizer = (experiment.clip, experiment.tokenizer) if experiment else open_clip(args)
     if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
@@ -659,7 +694,7 @@ def use(args):
 def mislabel(labels, share, K, seed):
     """The labels, a share of them replaced by another class each, the same ones for the same seed."""
     dice, labels = random.Random(f"noise {seed}"), list(labels)
-    for i in dice.sample(range(len(labels)), round(share * len(labels))):
+    for i in dice.sample(range(len(labels)), round(share * len(labels))) if K > 1 else ():
         labels[i] = (labels[i] + dice.randrange(1, K)) % K
     return labels
 
@@ -720,7 +755,7 @@ def parse(argv):
     add("--template", help="zero-shot prompt with {} for the class name; default: the dataset's")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=list(PRECISIONS), help="of the image encoder: fp32 on CPU, fp16 on CUDA")
-    add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, the rest; base is tested on both")
+    add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, or the rest; a unified V learned on base is tested on both")
     add("--probe", action="store_true", help="also a linear probe on the image features")
     add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
     add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels")
@@ -739,10 +774,19 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not (args.data or args.demo or args.load):
         parser.error("one of --data, --demo and --load is needed")
+    if args.demo and args.backbone:
+        parser.error("--demo trains a model of its own: leave out --backbone")
+    if args.load and not (args.data or args.demo or args.predict or args.export or args.words):
+        parser.error("--load needs something to do: --data, --predict, --export or --words")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     if (args.predict or args.export or args.words) and not args.load:
         parser.error("--predict, --export and --words need --load PROMPT")
     if not 0 <= args.noise <= 1 or args.keep < 0:
         parser.error("--noise is a share between 0 and 1, --keep a weight of 0 or more")
+    args.M = args.M if args.init is None else args.M[:1]                 # the words of --init set M
+    for key in ("M", "position", "shots", "seeds"):                      # named twice is still one run
+        setattr(args, key, list(dict.fromkeys(getattr(args, key))))
     args.csc = {"yes": [True], "no": [False], "both": [False, True]}[args.csc]
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     if args.template is not None and "{}" not in args.template:
@@ -754,8 +798,8 @@ def main(argv=None):
     """The command line. A user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
     try:
         run(parse(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; finished runs are kept, the same command goes on from here", file=sys.stderr)

@@ -154,19 +154,25 @@ class FeatureCache:
     def __init__(self, path):
         self.path, self.waiting, self.written = pathlib.Path(path), [], time.time()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.sql("CREATE TABLE IF NOT EXISTS features (image TEXT, n INTEGER, crc INTEGER, vector BLOB, PRIMARY KEY (image, n))")
+        self.sql("SELECT 1")
 
     def sql(self, command, rows=((),)):
+        table = "CREATE TABLE IF NOT EXISTS features (image TEXT, n INTEGER, crc INTEGER, vector BLOB, PRIMARY KEY (image, n))"
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as db, db:
+                db.execute(table)
                 return [row for parameters in rows for row in db.execute(command, parameters)]
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:        # a full disk, a lock, no permission, ...
                 raise OSError(f"feature cache {self.path}: {error}") from None
             print(f"feature cache {self.path} is damaged ({error}): starting it anew", file=sys.stderr)
-            self.path.unlink()
-            self.__init__(self.path)
-            return []
+            for file in (self.path, self.path.with_name(self.path.name + "-journal")):
+                file.unlink(missing_ok=True)
+            return self.sql(command, rows)
+
+    @staticmethod
+    def checksum(key, n, content):
+        return zlib.crc32(f"{key} {n} ".encode() + content)
 
     @staticmethod
     def key(path):
@@ -177,15 +183,17 @@ class FeatureCache:
         """For each path {crop number: vector}."""
         found = {}
         keys = [self.key(path) for path in paths]
-        for key, n, crc, vector in self.sql("SELECT * FROM features WHERE image = ?", [(key,) for key in set(keys)]):
-            if zlib.crc32(vector) == crc:
-                found.setdefault(key, {})[n] = np.frombuffer(vector, np.float32)
+        for key in set(keys):
+            for n, crc, vector in self.sql("SELECT n, crc, vector FROM features WHERE image = ?", [(key,)]):
+                if isinstance(vector, bytes) and self.checksum(key, n, vector) == crc:
+                    found.setdefault(key, {})[n] = np.frombuffer(vector, np.float32)
         return [found.get(key, {}) for key in keys]
 
     def put(self, paths, numbers, vectors):
         """Remember vectors (B, e) float32 of crops numbers[i] of paths[i]; written every ten seconds."""
         for path, n, vector in zip(paths, numbers, vectors):
-            self.waiting.append((self.key(path), n, zlib.crc32(vector.tobytes()), vector.tobytes()))
+            key, content = self.key(path), vector.tobytes()
+            self.waiting.append((key, n, self.checksum(key, n, content), content))
         if time.time() - self.written > 10:
             self.flush()
 
@@ -214,7 +222,7 @@ def load_dataset(root):
 
     Raises ValueError, with what was expected, if none does or if the files contradict each other.
     """
-    root = pathlib.Path(root)
+    root = pathlib.Path(root).resolve()
     if root.name == "dtd":
         download_dtd(root)
     if not root.is_dir():
@@ -307,7 +315,7 @@ def read_imagenet(root):
     lines = [line.split(" ", 1) for line in (root / "classnames.txt").read_text().split("\n") if line.strip()]
     names = {key: name.strip() for key, name in ((line[0], line[-1]) for line in lines)}
     names |= {str(i): names[key] for i, key in enumerate(list(names))}
-    folder = root / "images" if (root / "images" / "val").is_dir() else None
+    folder = next((f for f in (root / "images", root) if (f / "train").is_dir() and (f / "val").is_dir()), None)
     if folder:
         train, test = read_folders(folder / "train"), read_folders(folder / "val")
     else:                                          # the images are in the one folder that has class folders
@@ -317,7 +325,7 @@ def read_imagenet(root):
     unknown = [key for key in {**train, **test} if key not in names or key not in keys]
     if unknown:
         raise ValueError(f"{root}: folder {unknown[0]} is not in classnames.txt or has no training images")
-    return Dataset(root.name, [names[key] for key in keys],
+    return Dataset("imagenet" if train else root.name, [names[key] for key in keys],
                    *([(p, keys.index(key)) for key in keys for p in part.get(key, [])] for part in (train, {}, test)))
 
 
@@ -351,14 +359,14 @@ def read_class_folders(root):
     """
     name, folder, template = next((k for k in KNOWN.values() if k[1] not in (".", "images", "jpg") and (root / k[1]).is_dir()),
                                   (root.name, "images" if (root / "images").is_dir() else ".", Dataset.template))
-    groups = {c: paths for c, paths in read_folders(root / folder).items() if c not in ("BACKGROUND_Google", "Faces_easy")}
+    groups = {c: paths for c, paths in read_folders(root / folder).items() if name != "caltech-101" or c not in ("BACKGROUND_Google", "Faces_easy")}
     parts, rng = ([], [], []), random.Random(1)
     for label, paths in enumerate(groups.values()):
         rng.shuffle(paths)
         ends = [0, round(0.5 * len(paths)), round(0.7 * len(paths)), len(paths)]
         for part, start, stop in zip(parts, ends, ends[1:]):
             part += [(path, label) for path in paths[start:stop]]
-    mended = MENDED if (root / folder) != root else {}
+    mended = MENDED if name in ("caltech-101", "eurosat") else {}
     return Dataset(name, [mended.get(c, c) for c in groups], *parts, template)
 
 
