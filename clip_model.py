@@ -17,6 +17,7 @@ Module and parameter names are those of OpenAI's checkpoints, so that weights lo
 Read in this order: contrastive_loss (what CLIP was trained for), CLIP, its encode_text and
 encode_prompts, Block, the two image encoders, then loading.  Needs torch and none of its neighbours.
 """
+import functools
 import hashlib
 import io
 import pathlib
@@ -126,16 +127,15 @@ class CLIP(nn.Module):
         lengths = torch.as_tensor(lengths, device="cpu")
         if len(shared) + int(lengths.max()) > self.context_length:
             raise ValueError(f"prompt of {len(shared) + int(lengths.max())} tokens; this model reads {self.context_length}")
-        ends, first, features = lengths.cumsum(0), 0, []
-        recompute = torch.is_grad_enabled() and len(own) > self.KEEP
-        while first < len(lengths):
+        ends, counts = lengths.cumsum(0), []                            # prompts per group
+        while (first := sum(counts)) < len(lengths):
             start = int(ends[first] - lengths[first])
-            last = max(first + 1, int(torch.searchsorted(ends, start + self.GROUP, right=True)))
-            group = shared, own[start:int(ends[last - 1])], lengths[first:last]
-            features.append(checkpoint(self._encode_group, *group, use_reentrant=False, preserve_rng_state=False)
-                            if recompute else self._encode_group(*group))
-            first = last
-        return torch.cat(features)
+            counts.append(max(1, int(torch.searchsorted(ends, start + self.GROUP, right=True)) - first))
+        encode = self._encode_group
+        if torch.is_grad_enabled() and len(own) > self.KEEP:
+            encode = functools.partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+        groups = lengths.split(counts)
+        return torch.cat([encode(shared, part, group) for part, group in zip(own.split([int(group.sum()) for group in groups]), groups)])
 
     def _encode_group(self, shared, own, lengths):
         P, K, lengths = len(shared), len(lengths), lengths.to(own.device)
