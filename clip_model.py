@@ -337,8 +337,9 @@ def prepare(clip, image_dtype=torch.float32):
 
     BatchNorm in eval mode is a scale and a shift, which go into the convolution before it. The 1.702
     of QuickGELU goes into the linear layers around it; what stays is torch's SiLU. Images are kept
-    channels-last, as the fast kernels want them. EXACT up to rounding in float32 (1e-5; test_encoders_
-    equal_openais). image_dtype bfloat16 or float16, for the image encoder alone, is APPROXIMATE (README).
+    channels-last, as the fast kernels want them. EXACT up to rounding in float32 (1e-5;
+    test_encoders_equal_openais). image_dtype bfloat16 or float16, for the image encoder alone, is
+    APPROXIMATE (README, "Speed").
     """
     for module in list(clip.modules()):
         for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):

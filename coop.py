@@ -13,7 +13,7 @@ Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with one cont
 t_i the prompt of class i; g its text features; f image features; tau = 1 / exp(logit_scale) the
 temperature; d token width; e embedding width; T epochs, n the epoch; N training images.
 
-Read in this order: PromptLearner, train, evaluate; then image_features, run and main.
+Read in this order: PromptLearner, train, evaluate; then image_features, Experiment.coop, run and main.
 """
 import argparse
 import collections
