@@ -80,6 +80,7 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     resolution = property(lambda self: self.visual.resolution)
+    device = property(lambda self: self.logit_scale.device)
     context_length = property(lambda self: len(self.positional_embedding))
     vocab_size = property(lambda self: self.token_embedding.num_embeddings)
 

@@ -18,6 +18,7 @@ Read in this order: PromptLearner, train, evaluate; then image_features, Experim
 import argparse
 import collections
 import contextlib
+import datetime
 import functools
 import importlib.util
 import io
@@ -164,85 +165,85 @@ def evaluate(image_features, text_features, labels):
 def zero_shot(clip, tokenizer, template, classnames):
     """Features (K, e) of hand-written prompts: the class names put into a template such as "a photo of a {}."."""
     texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
-    return torch.cat([clip.encode_text(tokenizer(texts[i:i + 256], clip.context_length).to(clip.logit_scale.device))
+    return torch.cat([clip.encode_text(tokenizer(texts[i:i + 256], clip.context_length).to(clip.device))
                       for i in range(0, len(texts), 256)])
 
 
 # ---- The method ends here; what follows brings images in and results out -------------------------
 
-class Progress:
-    """One line about long work: how far, how long still. Rewritten in place on a terminal."""
+def progress_line(what, total, advice=""):
+    """-> say(done, note): how far long work is and how long it will still take, a line every few seconds,
+    then more rarely. advice: added once if that is more than five minutes.
+    """
+    start = said = time.time()
 
-    def __init__(self, what, total, advice=""):
-        self.what, self.total, self.start, self.said, self.advice = what, total, time.time(), time.time(), advice
-        self.often = 0.3 if sys.stderr.isatty() else 30
-
-    def __call__(self, done, note=""):
+    def say(done, note=""):
+        nonlocal said, advice
         now = time.time()
-        if now - self.said < self.often and (done < self.total or self.said == self.start):
-            return                                       # short work says nothing
-        self.said, left = now, (now - self.start) / done * (self.total - done)
-        if left > 300 and self.advice:
-            print(f"note: {self.what} will take {left / 60:.0f} minutes; {self.advice}", file=sys.stderr)
-            self.advice = ""
-        line = f"{self.what}: {done} of {self.total}{note}, " + (
-            f"{left:.0f} s left" if done < self.total else f"{now - self.start:.1f} s")
-        end = "\n" if done == self.total or not sys.stderr.isatty() else ""
-        print(f"\r\033[K{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
+        if now - said > max(5, 0.1 * (now - start)):
+            said, left = now, (now - start) / done * (total - done)
+            print(f"{what}: {done} of {total}{note}, {left:.0f} s left", file=sys.stderr, flush=True)
+            if left > 300 and advice:
+                print(f"note: {left / 60:.0f} more minutes; {advice}", file=sys.stderr)
+                advice = ""
+    return say
 
 
 def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
-    """Features (number of crops in all jobs, e) fp32 of jobs [(path, [crop number, ...]), ...], in order.
+    """Features (number of crops, e) fp32 on the CPU of jobs [(path, [crop number, ...]), ...], in order.
 
     What the cache (data.FeatureCache) holds is not computed again; what is computed is put there.
     """
-    device = clip.logit_scale.device
-    size = 256 if device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits the caches
+    size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits the caches
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
-    todo, row = [], 0                                    # todo: (path, {crop number: row})
+    missing, rows, row = [], [], 0                       # rows: where the features of the missing crops go
     for (path, numbers), known in zip(jobs, cache.get([path for path, _ in jobs]) if cache else [{}] * len(jobs)):
-        rows = dict(zip(numbers, range(row, row + len(numbers))))
-        for n in known.keys() & rows.keys():
-            features[rows[n]] = torch.from_numpy(known[n].copy())
-        if rows.keys() - known.keys():
-            todo.append((path, {n: row for n, row in rows.items() if n not in known}))
-        row += len(numbers)
+        for n in numbers:
+            if n in known:
+                features[row] = torch.from_numpy(known[n].copy())
+            else:
+                rows.append(row)
+            row += 1
+        missing.append((path, [n for n in numbers if n not in known]))
 
-    progress, done, waiting = Progress(what, sum(len(rows) for _, rows in todo), advice), 0, []
+    found, say = data.crops(missing, clip.resolution), progress_line(what, len(rows), advice)
     with torch.inference_mode():
-        for i, pixels in data.crops([(path, list(rows)) for path, rows in todo], clip.resolution):
-            waiting += [(todo[i][0], n, row, crop) for (n, row), crop in zip(todo[i][1].items(), pixels)]
-            while len(waiting) >= size or (waiting and i == len(todo) - 1):
-                paths, numbers, rows, batch = zip(*waiting[:size])
-                x = data.normalise(torch.stack([torch.from_numpy(crop) for crop in batch]).to(device))
-                features[list(rows)] = clip.encode_image(x).float().cpu()
-                if not features[list(rows)].isfinite().all():
-                    raise ValueError(f"features of {paths[0]} or its neighbours are not numbers: damaged weights, or too large for --precision")
-                if cache:
-                    cache.put(paths, numbers, features[list(rows)].numpy())
-                waiting, done = waiting[size:], done + len(rows)
-                progress(done)
+        for start in range(0, len(rows), size):
+            paths, numbers, pixels = zip(*itertools.islice(found, size))
+            f = clip.encode_image(data.normalise(torch.from_numpy(np.stack(pixels)).to(clip.device))).float().cpu()
+            if not f.isfinite().all():
+                raise ValueError(f"features of {paths[0]} or its neighbours are not numbers: damaged weights, or too large for --precision")
+            features[rows[start:start + size]] = f
+            if cache:
+                cache.put(paths, numbers, f.numpy())
+            say(start + len(paths))
     if cache:
         cache.flush()
     return features
 
 
+def training_jobs(items, T, views=0, seed=1):
+    """The crops that train() reads, [(path, [n, ...]), ...]: not all, as each epoch drops an incomplete batch."""
+    needed = [set() for _ in items]
+    for n, epoch in enumerate(batches(len(items), T, seed)):
+        for i in torch.cat(epoch).tolist():
+            needed[i].add(n % (views or T))
+    return [(path, sorted(numbers)) for (path, _), numbers in zip(items, needed)]
+
+
 def training_features(clip, items, T, views=0, seed=1, cache=None):
     """Features (N, views or T, e) of the crops that train() reads; of the others, NaN."""
-    crops = min(views or T, T)
-    needed = torch.zeros(len(items), crops, dtype=torch.bool)
-    for n, epoch in enumerate(batches(len(items), T, seed)):
-        for batch in epoch:
-            needed[batch, n % crops] = True
-    jobs = [(path, row.nonzero().flatten().tolist()) for (path, _), row in zip(items, needed)]
+    jobs, crops = training_jobs(items, T, views, seed), min(views or T, T)
+    features = torch.full((len(items), crops, clip.text_projection.shape[1]), float("nan"))
     advice = f"--views 10 would encode at most {10 * len(items)} crops instead (approximate, see README)" if crops > 10 else ""
-    features = torch.full((*needed.shape, clip.text_projection.shape[1]), float("nan"))
-    features[needed] = image_features(clip, jobs, cache, advice=advice)
+    i, n = zip(*((i, n) for i, (_, numbers) in enumerate(jobs) for n in numbers))
+    features[i, n] = image_features(clip, jobs, cache, advice=advice)
     return features
 
 
 def linear_probe(train, val):
-    """Weights (K, e) and biases (K,) of multinomial logistic regression on pairs (features, labels) -> W, b, C.
+    """The paper's other baseline: multinomial logistic regression on pairs (features, labels).
+    -> weights (K, e), biases (K,), C
 
     scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS. C by accuracy on val:
     the best power of a hundred, then eight halvings of [C / 10, 10 C], as the official code.
@@ -251,7 +252,7 @@ def linear_probe(train, val):
 
     @functools.lru_cache(maxsize=None)
     def fit(C):
-        W = torch.zeros(K, f.shape[1] + 1, dtype=f.dtype, device=f.device, requires_grad=True)       # the last column is b
+        W = torch.zeros(K, f.shape[1] + 1, dtype=f.dtype, requires_grad=True)        # the last column is the bias
         optimizer = torch.optim.LBFGS([W], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
         def loss():
@@ -261,16 +262,18 @@ def linear_probe(train, val):
             return value
 
         optimizer.step(loss)
-        W = W.detach()
-        return (F.linear(val[0].double(), W[:, :-1], W[:, -1]).argmax(-1) == val[1]).double().mean().item(), W
+        return W.detach()
 
-    best = max((10.0 ** p for p in (6, 4, 2, 0, -2, -4, -6)), key=lambda C: fit(C)[0])
+    @functools.lru_cache(maxsize=None)
+    def right(C):
+        return (F.linear(val[0].double(), fit(C)[:, :-1], fit(C)[:, -1]).argmax(-1) == val[1]).sum().item()
+
+    best = max((10.0 ** p for p in (6, 4, 2, 0, -2, -4, -6)), key=right)
     low, high = best / 10, best * 10
     for _ in range(8):
-        best, middle = (high if fit(low)[0] < fit(high)[0] else low), (low * high) ** 0.5
+        best, middle = (high if right(low) < right(high) else low), (low * high) ** 0.5
         low, high = (middle, high) if best == high else (low, middle)
-    W = fit(best)[1]
-    return W[:, :-1], W[:, -1], best
+    return fit(best)[:, :-1], fit(best)[:, -1], best
 
 
 # ---- Results and prompts ------------------------------------------------------------------------
@@ -278,8 +281,7 @@ def linear_probe(train, val):
 class Results:
     """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
 
-    SETTINGS = ("method dataset images backbone weights shots seed M position csc init epochs views classes precision template "
-                "loss noise keep prompt").split()
+    MEASURED = {"accuracy", "C", "n_test", "seconds_images", "seconds_training", "device", "torch"}     # the rest are settings
 
     def __init__(self, out):
         self.file, self.lines = out / "results.jsonl", []
@@ -290,13 +292,13 @@ class Results:
 
     def same(self, a, b):
         """Whether two results come from the same settings."""
-        return all(a.get(key) == b.get(key) for key in self.SETTINGS)
+        return all(a.get(key) == b.get(key) for key in (a.keys() | b.keys()) - self.MEASURED)
 
     def find(self, result):
         """The last line with the same settings, or None."""
         return next((line for line in reversed(self.lines) if self.same(line, result)), None)
 
-    def add(self, *results):
+    def add(self, results):
         self.lines += results
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a+b") as file:
@@ -305,21 +307,19 @@ class Results:
             file.write(start + b"".join(json.dumps(result).encode() + b"\n" for result in results))
 
 
-def save(obj, path):
-    content = io.BytesIO()
-    torch.save(obj, content)                             # in memory: straight to a full disk it would raise no OSError
-    write(content, path)
-
-
-def write(content, path):
-    """A file, whole or not at all: under a temporary name first."""
+def write(path, save):
+    """What save(file) writes to a file, at path, whole or not at all: first in memory, then under a temporary name."""
+    content, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save(content)                                        # straight to a full disk torch.save would raise no OSError
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+USUAL = {"M": 16, "position": "end", "csc": False, "init": None, "views": 0, "loss": "ce", "noise": 0, "keep": 0}      # the paper's
 
 
 def load_prompt(path):
@@ -337,28 +337,26 @@ def load_prompt(path):
         sound = False
     if not sound:
         raise ValueError(f"{path} holds no learned prompt (expected a file written by this program or by the official code)")
-    return {**prompt, "V": V.float()}
+    told = {"M": V.shape[-2], "csc": V.dim() == 3, "position": None, "shots": None, "seed": None, "epochs": None, "dataset": None}
+    return {**prompt, "V": V.float(), "settings": {**USUAL, **told, **prompt["settings"]}}
 
 
 def unusual(r):
-    """In which settings a run of CoOp differs from the paper's standard, as words."""
-    return [word for word, differs in (
-        (f"M{r['M']}", r["M"] != 16), (r["position"], r["position"] != "end"), ("csc", r["csc"]), (r["init"], r["init"] is not None),
-        (f"{r['epochs']}epochs", r["epochs"] and r["epochs"] != epochs(r["shots"], r["dataset"])), (f"{r['views']}views", r["views"]),
-        (r["loss"], r["loss"] != "ce"), (f"noise{r['noise']:g}", r["noise"]), (f"keep{r['keep']:g}", r["keep"])) if differs]
+    """In which settings a run of CoOp differs from the paper's standard: ["M=4", "csc", "epochs=20"]."""
+    usual = {**USUAL, "epochs": epochs(r["shots"] or 0, r["dataset"]), "classes": "all"}
+    return [key if r[key] is True else f"{key}={r[key]}" for key in usual if r[key] not in (usual[key], None)]
 
 
 def file_name(r):
     """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters that every system takes."""
-    words = [r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r), *[r["classes"]] * (r["classes"] != "all")]
-    return re.sub(r"[^\w.-]+", "-", "-".join(words)) + ".pt"
+    return re.sub(r"[^\w.=-]+", "-", "-".join([r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r)])) + ".pt"
 
 
 def row_name(r):
     """What a result is called in the table and in the picture."""
-    name = r["method"] if r["method"] != "coop" else " ".join(["CoOp", f"M={r['M']}", r["position"], *(
-        word for word in unusual(r) if word not in (f"M{r['M']}", r["position"]))])
-    return name + f" ({r['classes']})" * (r["classes"] != "all")
+    words = unusual(r) if r["method"] == "coop" else [f"classes={r['classes']}"] * (r["classes"] != "all")
+    head = ["CoOp", f"M={r['M']}", f"{r['position']}"] if r["method"] == "coop" else [r["method"]]
+    return " ".join(head + [word for word in words if not word.startswith(("M=", "position="))])
 
 
 PAPER = {   # RN50, test accuracy: zero-shot CLIP, then CoOp with M=16, end, at 1, 2, 4, 8 and 16 shots
@@ -371,25 +369,28 @@ PAPER = {   # RN50, test accuracy: zero-shot CLIP, then CoOp with M=16, end, at 
 
 
 def cells(results):
-    """{row name: {shots: accuracies over seeds}}; the paper's numbers, where there are some, as rows of their own."""
+    """{row name: {shots: (mean over seeds, standard deviation or None)}}; where the paper has numbers for
+    this dataset and these weights, they are rows of their own.
+    """
     found = {}
     for r in results:
         found.setdefault(row_name(r), {}).setdefault(r["shots"], []).append(r["accuracy"])
-    first, theirs = results[0], clip_model.MODELS["RN50"][1]
-    if theirs.startswith(first["weights"]) and first["dataset"] in PAPER and first["classes"] == "all":
+    rows = {row: {shots: (statistics.mean(a), statistics.stdev(a) if len(a) > 1 else None) for shots, a in of_row.items()}
+            for row, of_row in found.items()}
+    first = results[0]
+    if clip_model.MODELS["RN50"][1].startswith(first["weights"]) and first["dataset"] in PAPER and first["classes"] == "all":
         numbers = dict(zip((0, 1, 2, 4, 8, 16), PAPER[first["dataset"]]))
-        found["the paper's zero-shot, M=16 end"] = {c: [numbers[c]] for row in list(found.values()) for c in row if c in numbers}
-    return found
+        rows["the paper's zero-shot, M=16 end"] = {r["shots"]: (numbers[r["shots"]], None) for r in results if r["shots"] in numbers}
+    return rows
 
 
 def table(results):
-    """Accuracy by method and number of shots: the mean over seeds, and their standard deviation."""
+    """Accuracy by method and number of shots, mean over seeds ± standard deviation."""
     columns = sorted({r["shots"] for r in results})
     lines = [f"{'accuracy, %':<34}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
     for row, found in cells(results).items():
-        texts = ["" if c not in found else f"{statistics.mean(found[c]):.2f}" + (
-            f" ± {statistics.stdev(found[c]):.2f}" if len(found[c]) > 1 else "") for c in columns]
-        lines.append(f"{row:<34}" + "".join(f"{text:>15}" for text in texts))
+        texts = [f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "") for mean, spread in (found.get(c, (0, None)) for c in columns)]
+        lines.append(f"{row:<34}" + "".join(f"{text if c in found else '':>15}" for c, text in zip(columns, texts)))
     return "\n".join(lines)
 
 
@@ -401,20 +402,24 @@ def plot(results, file):
     figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
     for row, found in cells(results).items():
         shots = sorted(found)
-        mean = [statistics.mean(found[c]) for c in shots]
-        spread = [statistics.stdev(found[c]) if len(found[c]) > 1 else 0 for c in shots]
+        mean, spread = np.array([[found[c][0], found[c][1] or 0] for c in shots]).T
         line, = axes.plot(shots, mean, {"zero-shot": "*", "linear-probe": "o--"}.get(row.split(" ")[0], "o-"), label=row,
                           markersize=12 if row.startswith("zero-shot") else 5)
-        axes.fill_between(shots, [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)], color=line.get_color(), alpha=0.15)
+        axes.fill_between(shots, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="labelled images per class", ylabel="accuracy on the test images, %", title=results[0]["dataset"],
              xticks=sorted({r["shots"] for r in results}))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    write(file, lambda content: figure.savefig(content, dpi=150))
     pyplot.close(figure)
 
 
-# ---- The command line ---------------------------------------------------------------------------
+# ---- Experiments --------------------------------------------------------------------------------
+
+def epochs(shots, dataset):
+    """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
+    return 50 if shots <= 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
+
 
 def learned_features(clip, tokenizer, classnames, V, position):
     """Features (K, e), of unit length, of learned prompts; a unified V (M, d) takes any class names."""
@@ -422,38 +427,6 @@ def learned_features(clip, tokenizer, classnames, V, position):
     learner.V.data.copy_(V)
     with torch.no_grad():
         return F.normalize(clip.encode_prompts(*learner()), dim=-1)
-
-
-def make_demo(folder):
-    """A world without downloads, made once: folder/clip.pt is a small CLIP that learned crisp pictures of
-    textures, some of them negatives, and captions that mostly say so; folder/demo are pictures to
-    classify, all faded negatives, which "a photo of a {} texture." does not say. CoOp has to find out.
-    """
-    tokenizer, folder = Tokenizer(), pathlib.Path(folder)
-    if not (folder / "clip.pt").is_file():
-        steps = 800
-        torch.manual_seed(0)
-        pictures, captions = data.draw_pairs(6000)
-        clip = clip_model.CLIP(64, clip_model.ModifiedResNet(64, [1, 1, 1, 1], 16, 64), 64, 2, 77, tokenizer.vocab_size)
-        clip.token_embedding.requires_grad_(False)       # so words keep the size of V's first values, as in OpenAI's CLIP
-        progress = Progress("training a small CLIP on drawn textures, once", steps)
-        clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
-                            progress=lambda step, loss: progress(step + 1, f", loss {loss.item():.2f}"))
-        save(clip.state_dict(), folder / "clip.pt")
-    if not (folder / "demo").is_dir():
-        shutil.rmtree(folder / "drawing", ignore_errors=True)
-        data.draw_dataset(folder / "drawing")
-        (folder / "drawing").rename(folder / "demo")
-
-
-def epochs(shots, dataset):
-    """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
-    return 50 if shots <= 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
-
-
-def subset(K, classes):
-    """Labels of the official split: the first half, rounded up, is "base", the rest is "new"."""
-    return list({"all": range(K), "base": range(math.ceil(K / 2)), "new": range(math.ceil(K / 2), K)}[classes])
 
 
 def open_clip(args):
@@ -469,159 +442,157 @@ def open_clip(args):
 
 
 class Experiment:
-    """One dataset and one CLIP, and what all runs on them share: the test features, the cache, the results."""
+    """One dataset and one CLIP, and what all runs on them share: test features, cache, results. A method
+    is one row of the paper's tables; it returns its lines for results.jsonl.
+    """
 
     def __init__(self, args):
-        self.args, self.dataset, self.shown = args, data.load_dataset(args.data), []
-        self.clip, self.tokenizer = open_clip(args)
+        self.args, self.dataset, self.results = args, data.load_dataset(args.data), Results(args.out)
         if max(args.shots) and not self.dataset.train and not args.load:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
+        self.clip, self.tokenizer = open_clip(args)
         self.names, self.template = self.dataset.classnames, args.template or self.dataset.template
-        variants = [] if args.load else list(itertools.product(args.M, args.position, args.csc))
-        shapes = [PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init).V.shape for variant in variants]  # they fit
-        self.results, file = Results(args.out), f"{self.clip.sha256[:16]}-{args.precision}.sqlite"
-        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / file)
+        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{self.clip.sha256[:16]}-{args.precision}.sqlite")
         backbone = pathlib.Path(args.backbone).stem if os.path.isfile(args.backbone) else args.backbone.replace("/", "-")
-        parts = (self.dataset.train, self.dataset.val, self.dataset.test)
-        listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in parts]))
-        self.common = {"dataset": self.dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone, "weights": self.clip.sha256[:16],
-                       "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
+        train, val, test = self.dataset.train, self.dataset.val, self.dataset.test
+        listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, val, test)]))
+        self.common = {"dataset": self.dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone,
+                       "weights": self.clip.sha256[:16], "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
         print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen; "
-              f"images in {args.precision}")
-        print(f"{self.dataset.name}: K = {len(self.names)} classes, {len(self.dataset.train)} training and {len(self.dataset.test)} test images")
-        if shapes and max(args.shots):
-            how_long = f"{args.epochs} epochs" if args.epochs else "epochs by shots, as the paper"
-            print("to learn: V " + " or ".join(f"{tuple(shape)}, {shape.numel():,} numbers" for shape in dict.fromkeys(shapes))
-                  + f"; shots {args.shots}, seeds {args.seeds}, {how_long}, "
-                  + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
+              f"images in {args.precision}\n{self.dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(test)} test images")
+        if max(args.shots) and not args.load:
+            variants = itertools.product(args.M, args.position, args.csc)
+            shapes = {tuple(PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init).V.shape) for variant in variants}   # they fit
+            print(f"to learn: V {' or '.join(f'{shape}, {math.prod(shape):,} numbers' for shape in sorted(shapes))}; shots {args.shots}, seeds "
+                  f"{args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, {args.views or 'as many'} crops per image{'' if args.views else ' as epochs'}")
+            smallest = min(collections.Counter(label for _, label in train).values())
+            if smallest < max(args.shots):
+                print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
         if self.cache:
             print(f"feature cache: {self.cache.path}, {self.cache.path.stat().st_size / 2 ** 20:.0f} MB")
-        smallest = min(collections.Counter(label for _, label in self.dataset.train).values(), default=0)
-        if smallest < max(args.shots) and not args.load:
-            print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
-        start = time.time()
-        self.test = image_features(self.clip, [(path, [TEST]) for path, _ in self.dataset.test], self.cache, "encoding test images")
-        self.labels, self.seconds = torch.tensor([label for _, label in self.dataset.test]), round(time.time() - start, 2)
+        start, jobs = time.time(), [(path, [TEST]) for path, _ in test]
+        if args.world > 1:                               # each process encodes its share of the images into the cache
+            image_features(self.clip, jobs[args.rank::args.world], self.cache, "encoding test images")
+            torch.distributed.barrier()
+        self.test, self.labels = image_features(self.clip, jobs, self.cache, "encoding test images"), torch.tensor([label for _, label in test])
+        self.seconds = round(time.time() - start, 2)
+
+    def names_of(self, classes):
+        return [self.names[label] for label in data.subset(len(self.names), classes)]
 
     def part(self, classes):
-        """Test features, and labels counted from 0, of the images of these classes."""
-        kept = torch.tensor(subset(len(self.names), classes))
+        """Test features of the images of these classes, and their labels, counted from 0."""
+        kept = torch.tensor(data.subset(len(self.names), classes))
         mine = torch.isin(self.labels, kept)
         return self.test[mine], torch.searchsorted(kept, self.labels[mine])
 
-    def names_of(self, classes):
-        return [self.names[label] for label in subset(len(self.names), classes)]
+    def shots(self, shots, seed):
+        """The few-shot draw from the training and from the validation images of --classes, labels counted from 0."""
+        rng, kept = random.Random(seed), data.subset(len(self.names), self.args.classes)
+        return [[(path, kept.index(label)) for path, label in data.few_shot(part, count, rng) if label in kept]
+                for part, count in ((self.dataset.train, shots), (self.dataset.val, min(shots, 4)))]
 
     def line(self, method, shots, seed, classes, **more):
         """What results.jsonl says of a run, but for what only the run can tell."""
-        blank = dict.fromkeys("M position csc init epochs views loss noise keep template prompt".split())
-        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": len(self.part(classes)[1]), **blank, **self.common, **more}
-
-    def add(self, line, note="", **measured):
-        """A result is known: to the results file if it is new, and to the screen."""
-        if measured:
-            line = {**line, **measured}
-            self.results.add(line)
-        self.shown.append(line)
-        print(row_name(line) + f", {line['shots']} shot{'s' * (line['shots'] != 1)}, seed {line['seed']}" * (line["seed"] is not None)
-              + f": {line['accuracy']:.2f} %  {note}", flush=True)
-
-    def add_all(self, found, note):
-        """Results of one prompt, on base and on new classes."""
-        for line in found:
-            self.add(line, note)
-        if len(found) > 1:
-            print(f"  harmonic mean of base and new: {statistics.harmonic_mean([line['accuracy'] for line in found]):.2f} %")
+        blank = dict.fromkeys(("M", "position", "csc", "epochs", "views"))
+        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": len(self.part(classes)[1]),
+                **blank, **self.common, **more}
 
     def known(self, line):
         return None if self.args.again else self.results.find(line)
+
+    def show(self, lines, note):
+        """Results, on base and on new classes where there are two, to the screen -> the same lines."""
+        for r in lines:
+            print(row_name(r) + f", {r['shots']} shot{'s' * (r['shots'] != 1)}, seed {r['seed']}" * (r["seed"] is not None)
+                  + f": {r['accuracy']:.2f} %  {note}", flush=True)
+        if len(lines) > 1:
+            print(f"  harmonic mean of base and new: {statistics.harmonic_mean([r['accuracy'] for r in lines]):.2f} %")
+        return lines
+
+    def once(self, line, measure, note):
+        """The result with these settings, known or new; measure() -> what it adds to the line."""
+        if known := self.known(line):
+            return self.show([known], f"{note} (known; --again repeats it)")
+        line = {**line, "seconds_images": self.seconds, "seconds_training": 0.0, **measure()}
+        self.results.add([line])
+        return self.show([line], note)
 
     def hand_written(self, classes):
         return F.normalize(zero_shot(self.clip, self.tokenizer, self.template, self.names_of(classes)), dim=-1)
 
     def zero_shot(self, classes):
         """CLIP as it is, with the hand-written prompt."""
-        line, (f, labels) = self.line("zero-shot", 0, None, classes, template=self.template), self.part(classes)
-        if known := self.known(line):
-            return self.add(known, f'"{self.template}"')
-        self.add(line, f'"{self.template}"', accuracy=evaluate(f, self.hand_written(classes).cpu(), labels),
-                 seconds_images=self.seconds, seconds_training=0.0)
-
-    def shots(self, items, shots, seed):
-        """The few-shot draw from both lists, of the classes that are trained, with labels counted from 0."""
-        rng, kept = random.Random(seed), subset(len(self.names), self.args.classes)
-        for part, count in ((items.train, shots), (items.val, min(shots, 4))):
-            yield [(path, kept.index(label)) for path, label in data.few_shot(part, count, rng) if label in kept]
-
-    def coop(self, M, position, csc, shots, seed):
-        """One run: draw the shots, learn V, test it, save it; nothing if that is done already."""
-        args, names, device = self.args, self.names_of(self.args.classes), self.clip.logit_scale.device
-        T = args.epochs or epochs(shots, self.dataset.name)
-        torch.manual_seed(seed)
-        learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
-        M = learner.V.shape[-2]                          # with --init the number of its tokens
-        line = self.line("coop", shots, seed, args.classes, M=M, position=position, csc=csc, init=args.init, epochs=T, views=args.views,
-                         loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
-        file, start = args.out / file_name(line), time.time()
-        tests = [line] if csc or args.classes != "base" else [line, {**line, "classes": "new", "n_test": len(self.part("new")[1])}]
-        known = [self.known(one) for one in tests]
-        if all(known) and file.is_file() and self.results.same(load_prompt(file)["settings"], line):
-            return self.add_all(known, "(known; --again repeats it)")
-        items, _ = self.shots(self.dataset, shots, seed)
-        if not items or not all(one["n_test"] for one in tests):
-            raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
-        features = training_features(self.clip, items, T, args.views, seed, self.cache).to(device)
-        labels = mislabel([label for _, label in items], args.noise, len(names), seed)
-        encoded = time.time()
-        progress = Progress("learning V, epochs", T)
-        train(self.clip, learner, features, torch.tensor(labels, device=device), T, seed, LOSSES[args.loss], args.keep,
-              self.hand_written(args.classes) if args.keep else None,
-              lambda n, loss, accuracy: progress(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
-        V, measured = learner.V.detach(), {"seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
-        for one in tests:                                # a unified context goes with names that it never saw, too
-            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(one["classes"]), V, position), self.part(one["classes"])
-            one |= {**measured, "accuracy": evaluate(f, g.cpu(), labels)}
-        save({"V": V.cpu(), "classnames": names, "logit_scale": self.clip.logit_scale.cpu(), "resolution": self.clip.resolution,
-              "text_features": learned_features(self.clip, self.tokenizer, names, V, position).cpu(), "path": str(args.backbone),
-              "settings": line}, file)
-        self.results.add(*tests)
-        self.add_all(tests, f"images {line['seconds_images']:.1f} s, training {line['seconds_training']:.1f} s -> {file}")
+        f, labels = self.part(classes)
+        return self.once(self.line("zero-shot", 0, None, classes, template=self.template),
+                         lambda: {"accuracy": evaluate(f, self.hand_written(classes).cpu(), labels)}, f'"{self.template}"')
 
     def probe(self, shots, seed):
-        """The paper's other baseline: a linear classifier on the image features, test crops for training too."""
-        line = self.line("linear-probe", shots, seed, self.args.classes)
-        if known := self.known(line):
-            return self.add(known, "(known; --again repeats it)")
-        start, sets = time.time(), []
-        for items in self.shots(self.dataset, shots, seed):
-            if not items:
+        """A linear classifier on the image features, test crops for training too."""
+        def measure():
+            start, drawn = time.time(), self.shots(shots, seed)
+            if not drawn[1]:
                 raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
-            sets.append((image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache), torch.tensor([label for _, label in items])))
-        encoded, (f, labels) = time.time(), self.part(self.args.classes)
-        W, b, C = linear_probe(*sets)
-        right = (f.double() @ W.T + b).argmax(-1) == labels
-        self.add(line, f"C = {C:.3g}", accuracy=100 * right.double().mean().item(), C=C, seconds_images=round(encoded - start, 2),
-                 seconds_training=round(time.time() - encoded, 2))
+            sets = [(image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache), torch.tensor([label for _, label in items]))
+                    for items in drawn]
+            encoded, (f, labels) = time.time(), self.part(self.args.classes)
+            W, b, C = linear_probe(*sets)
+            right = (f.double() @ W.T + b).argmax(-1) == labels
+            return {"accuracy": 100 * right.double().mean().item(), "C": C, "seconds_images": round(encoded - start, 2),
+                    "seconds_training": round(time.time() - encoded, 2)}
+        return self.once(self.line("linear-probe", shots, seed, self.args.classes), measure, "C chosen on the validation images")
+
+    def coop(self, M, position, csc, shots, seed):
+        """One run of CoOp: draw the shots, learn V, test it, save it; nothing if that is done already."""
+        args, names, T = self.args, self.names_of(self.args.classes), self.args.epochs or epochs(shots, self.dataset.name)
+        torch.manual_seed(seed)
+        learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
+        line = self.line("coop", shots, seed, args.classes, M=learner.V.shape[-2], position=position, csc=csc, init=args.init, epochs=T,
+                         views=args.views, loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
+        lines, file = [line], args.out / file_name(line)
+        if args.classes == "base" and not csc:           # a unified context goes with names that it never saw, too
+            lines.append({**line, "classes": "new", "n_test": len(self.part("new")[1])})
+        known = [self.known(r) for r in lines]
+        if all(known) and file.is_file() and self.results.same(load_prompt(file)["settings"], line):
+            return self.show(known, "(known; --again repeats it)")
+
+        start, (items, _) = time.time(), self.shots(shots, seed)
+        if not items or not all(r["n_test"] for r in lines):
+            raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
+        features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
+        labels = torch.tensor(data.mislabel([label for _, label in items], args.noise, len(names), seed), device=self.clip.device)
+        encoded, say = time.time(), progress_line("learning V, epochs", T)
+        train(self.clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, self.hand_written(args.classes) if args.keep else None,
+              lambda n, loss, accuracy: say(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
+        V, trained = learner.V.detach(), time.time()
+        for r in lines:
+            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(r["classes"]), V, position).cpu(), self.part(r["classes"])
+            r |= {"accuracy": evaluate(f, g, labels), "seconds_images": round(encoded - start, 2), "seconds_training": round(trained - encoded, 2)}
+        g = learned_features(self.clip, self.tokenizer, names, V, position)
+        write(file, lambda content: torch.save({
+            "V": V.cpu(), "classnames": names, "text_features": g.cpu(), "logit_scale": self.clip.logit_scale.cpu(),
+            "resolution": self.clip.resolution, "path": str(args.backbone), "settings": line}, content))
+        self.results.add(lines)                          # last: a line in the file says that the prompt is whole
+        return self.show(lines, f"images {encoded - start:.1f} s, training {trained - encoded:.1f} s -> {file}")
 
     def transfer(self, prompt, classes):
         """A learned prompt on this dataset, without training: a unified V goes with any class names."""
-        names, old, V = self.names_of(classes), prompt["settings"], prompt["V"]
+        names, known, old, V = self.names_of(classes), prompt["classnames"], prompt["settings"], prompt["V"]
         if V.dim() == 3:
-            strangers = sorted(set(names) - set(prompt["classnames"] or names))
-            if strangers or (prompt["classnames"] is None and len(V) != len(names)):
+            strangers = sorted(set(names) - set(known or names))
+            if strangers or len(V) != len(known or names):
                 raise ValueError(f"{self.args.load} has a context for each of its own {len(V)} classes and none for "
                                  f"{strangers[0] if strangers else 'others'!r}; only a unified prompt goes with other classes")
-            V = V if prompt["classnames"] in (None, names) else V[[prompt["classnames"].index(name) for name in names]]
-        position = old.get("position") or self.args.position[0]
-        g = learned_features(self.clip, self.tokenizer, names, V, position)
-        f, labels = self.part(classes)
-        unknown = {"M": V.shape[-2], "position": position, "csc": V.dim() == 3, "views": 0, "loss": "ce", "noise": 0.0, "keep": 0.0}
-        line = self.line("coop", old.get("shots"), old.get("seed"), classes, prompt=str(self.args.load), learned_on=old.get("dataset"),
-                         **{key: old.get(key, unknown.get(key)) for key in (*unknown, "init", "epochs")})
-        self.add(line, f"learned on {old.get('dataset')}", accuracy=evaluate(f, g.cpu(), labels), seconds_images=self.seconds,
-                 seconds_training=0.0)
+            V = V[[known.index(name) for name in names]] if known else V
+        position = old["position"] or self.args.position[0]
+        g, (f, labels) = learned_features(self.clip, self.tokenizer, names, V, position), self.part(classes)
+        line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), learned_on=old["dataset"],
+                                   **{key: old[key] for key in ("M", "csc", "epochs", "views")}, position=position)}
+        return self.once(line, lambda: {"accuracy": evaluate(f, g.cpu(), labels)}, f"learned on {old['dataset']}")
 
+
+# ---- Using a learned prompt ---------------------------------------------------------------------
 
 def predict(prompt, clip, paths, as_json):
     """The five likeliest classes, with probabilities, of each picture in files and folders."""
@@ -631,13 +602,8 @@ def predict(prompt, clip, paths, as_json):
                 raise ValueError(f"{path}: no such file or folder")
             yield from (path for path in sorted(path.rglob("*")) if data.is_image(path)) if path.is_dir() else [path]
 
-    g, names = prompt["text_features"].to(clip.logit_scale.device), prompt["classnames"]
-    files, batch = pictures(), 32
-    first = next(files, None)
-    if first is None:
-        raise ValueError(f"{', '.join(paths)}: no pictures there")
-    files = itertools.chain([first], files)
-    while chunk := list(itertools.islice(files, batch)):
+    g, names, files = prompt["text_features"].to(clip.device), prompt["classnames"], pictures()
+    while chunk := list(itertools.islice(files, 32)):    # a folder of thousands streams
         f = image_features(clip, [(path, [TEST]) for path in chunk], what="").to(g.device)
         chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
         for path, row in zip(chunk, chances):
@@ -648,21 +614,21 @@ def predict(prompt, clip, paths, as_json):
 
 def export(prompt, file):
     """K text features of unit length, class names, scale and pixel constants: a classifier for numpy."""
-    content = io.BytesIO()
-    np.savez(content, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]),
-             logit_scale=prompt["logit_scale"].exp().item(), mean=data.MEAN.numpy(), std=data.STD.numpy(), resolution=prompt["resolution"])
-    write(content, file)
+    write(file, lambda content: np.savez(
+        content, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]), resolution=prompt["resolution"],
+        logit_scale=prompt["logit_scale"].exp().item(), mean=data.MEAN.numpy(), std=data.STD.numpy()))
+    print(f"{file}: {len(prompt['classnames'])} classes")
 
 
 def nearest_words(prompt, clip, tokenizer, count):
     """For each vector of V the nearest token embeddings by Euclidean distance, as the paper's table 4."""
-    embedding = clip.token_embedding.weight
-    for i, V in enumerate(prompt["V"].to(embedding).reshape(-1, *prompt["V"].shape[-2:])):
-        if prompt["V"].dim() == 3:
+    embedding, V = clip.token_embedding.weight, prompt["V"].to(clip.device)
+    for i, context in enumerate(V if V.dim() == 3 else V[None]):
+        if V.dim() == 3:
             print(prompt["classnames"][i] if prompt["classnames"] else f"class {i}")
-        for m, (distances, ids) in enumerate(zip(*torch.cdist(V, embedding, compute_mode="donot_use_mm_for_euclid_dist").topk(min(count, len(embedding)), largest=False)), 1):
-            words = ", ".join(f"{tokenizer.decode([j]).strip()} {d:.4f}" for j, d in zip(ids.tolist(), distances.tolist()))
-            print(f"  V{m}: {words}")
+        distances = torch.cdist(context, embedding, compute_mode="donot_use_mm_for_euclid_dist")         # (M, vocabulary)
+        for m, (near, ids) in enumerate(zip(*distances.topk(min(count, len(embedding)), largest=False)), 1):
+            print(f"  V{m}: " + ", ".join(f"{tokenizer.decode([j]).strip()} {d:.4f}" for j, d in zip(ids.tolist(), near.tolist())))
 
 
 def use(args):
@@ -688,15 +654,44 @@ def use(args):
         predict(prompt, clip, args.predict, args.json)
     if args.export:
         export(prompt, args.export)
-        print(f"{args.export}: {len(prompt['classnames'])} classes")
 
 
-def mislabel(labels, share, K, seed):
-    """The labels, a share of them replaced by another class each, the same ones for the same seed."""
-    dice, labels = random.Random(f"noise {seed}"), list(labels)
-    for i in dice.sample(range(len(labels)), round(share * len(labels))) if K > 1 else ():
-        labels[i] = (labels[i] + dice.randrange(1, K)) % K
-    return labels
+# ---- The command line ---------------------------------------------------------------------------
+
+def make_demo(folder):
+    """A world without downloads, made once: folder/clip.pt is a small CLIP that learned crisp pictures of
+    textures, some of them negatives, and captions that mostly say so; folder/demo are pictures to
+    classify, all faded negatives, which "a photo of a {} texture." does not say. CoOp has to find out.
+    """
+    if not (folder / "clip.pt").is_file():
+        torch.manual_seed(0)
+        tokenizer, (pictures, captions), steps = Tokenizer(), data.draw_pairs(6000), 800
+        clip = clip_model.CLIP(64, clip_model.ModifiedResNet(64, [1, 1, 1, 1], 16, 64), 64, 2, 77, tokenizer.vocab_size)
+        clip.token_embedding.requires_grad_(False)       # so words keep the size of V's first values, as in OpenAI's CLIP
+        say = progress_line("training a small CLIP on drawn textures, once", steps)
+        clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
+                            progress=lambda step, loss: say(step + 1, f", loss {loss.item():.2f}"))
+        write(folder / "clip.pt", lambda content: torch.save(clip.state_dict(), content))
+    if not (folder / "demo").is_dir():
+        shutil.rmtree(folder / "drawing", ignore_errors=True)
+        data.draw_dataset(folder / "drawing")
+        (folder / "drawing").rename(folder / "demo")
+
+
+def share_out(args):
+    """Under torchrun --nproc-per-node N, be one of N processes: they share the image encoding, by way of
+    the feature cache, and the runs of the grid, and only the first one speaks. Alone: nothing.
+    """
+    args.rank, args.world = 0, 1
+    if not torch.distributed.is_torchelastic_launched():
+        return contextlib.nullcontext()
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))      # they meet rarely
+    args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if args.device == "cuda":
+        torch.cuda.set_device(args.rank % torch.cuda.device_count())
+    if args.no_cache and args.world > 1:
+        raise ValueError("several processes share image features through the cache: leave out --no-cache")
+    return contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext()
 
 
 def run(args):
@@ -704,23 +699,35 @@ def run(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.demo:
-        make_demo(args.cache / "demo-world")
-        args.data, args.backbone = args.cache / "demo-world" / "demo", args.cache / "demo-world" / "clip.pt"
-        args.template = args.template or "a photo of a {} texture."
+        folder = args.cache / "demo-world"
+        if args.rank == 0:
+            make_demo(folder)
+        if args.world > 1:
+            torch.distributed.barrier()
+        args.data, args.backbone, args.template = folder / "demo", folder / "clip.pt", args.template or "a photo of a {} texture."
     if args.load:
         return use(args)
     args.backbone = args.backbone or "RN50"
     experiment = Experiment(args)
-    experiment.zero_shot(args.classes)
-    if args.classes == "base":
-        experiment.zero_shot("new")
-    for shots, seed in itertools.product([s for s in args.shots if s], args.seeds) if args.probe else ():
-        experiment.probe(shots, seed)
-    for M, position, csc, shots, seed in itertools.product(args.M, args.position, args.csc, [s for s in args.shots if s], args.seeds):
-        experiment.coop(M, position, csc, shots, seed)
-    print("\n" + table(experiment.shown))
-    if args.plot:
-        plot(experiment.shown, args.out / f"{experiment.dataset.name}.png")
+    draws = list(itertools.product([shots for shots in args.shots if shots], args.seeds))
+    runs = [(experiment.zero_shot, classes) for classes in ([args.classes], ["new"])[:1 + (args.classes == "base")]]
+    runs += [(experiment.probe, draw) for draw in draws if args.probe]
+    runs += [(experiment.coop, (*variant, *draw)) for variant in itertools.product(args.M, args.position, args.csc) for draw in draws]
+    if args.world > 1:
+        for shots, seed in draws:
+            T = args.epochs or epochs(shots, experiment.dataset.name)
+            jobs = training_jobs(experiment.shots(shots, seed)[0], T, args.views, seed)
+            image_features(experiment.clip, jobs[args.rank::args.world], experiment.cache)
+        torch.distributed.barrier()
+    found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
+    if args.world > 1:
+        parts = [None] * args.world
+        torch.distributed.all_gather_object(parts, found)
+        found = [lines for turn in itertools.zip_longest(*parts, fillvalue=[]) for lines in turn]
+    results = list(itertools.chain(*found))
+    print("\n" + table(results))
+    if args.plot and args.rank == 0:
+        plot(results, args.out / f"{experiment.dataset.name}.png")
         print(f"picture: {args.out / experiment.dataset.name}.png")
 
 
@@ -797,7 +804,9 @@ def parse(argv):
 def main(argv=None):
     """The command line. A user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
     try:
-        run(parse(argv))
+        args = parse(argv)
+        with share_out(args):
+            run(args)
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

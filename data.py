@@ -3,8 +3,8 @@
     from data import load_dataset, few_shot, crops
     dataset = load_dataset("./dtd")                              # name, classnames, train, val, test, template
     shots = few_shot(dataset.train, 4, random.Random(1))         # 4 images per class: [(path, label), ...]
-    for i, pixels in crops([(path, [0, 1]) for path, _ in shots], R=224):
-        ...                                                      # crops 0 and 1 of image i: (2, 224, 224, 3) uint8
+    for path, n, pixels in crops([(path, [0, 1]) for path, _ in shots], R=224):
+        ...                                                      # crop n of each image: (224, 224, 3) uint8
 
 Know before: a dataset is three lists of (path, label); nothing is decoded until it is needed.
 To take away: the same seed draws the same images as the official code, and a crop is a pure
@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,19 @@ def few_shot(items, shots, rng):
         groups.setdefault(item[1], []).append(item)
     return [item for group in groups.values()
             for item in (rng.sample(group, shots) if shots <= len(group) else group)]
+
+
+def subset(K, classes):
+    """Labels of the official split: the first half, rounded up, is "base", the rest is "new"."""
+    return list({"all": range(K), "base": range(math.ceil(K / 2)), "new": range(math.ceil(K / 2), K)}[classes])
+
+
+def mislabel(labels, share, K, seed):
+    """The labels, a share of them replaced by another class each, the same ones for the same seed."""
+    dice, labels = random.Random(f"noise {seed}"), list(labels)
+    for i in dice.sample(range(len(labels)), round(share * len(labels))) if K > 1 else ():
+        labels[i] = (labels[i] + dice.randrange(1, K)) % K
+    return labels
 
 
 # ---- Crops --------------------------------------------------------------------------------------
@@ -120,17 +134,15 @@ def cut(path, numbers, R):
 
 
 def crops(jobs, R):
-    """For jobs [(path, [n, ...]), ...] yield (job's index, its crops), in order, decoded ahead by threads."""
+    """For jobs [(path, [n, ...]), ...] yield (path, n, crop n of that picture), in order, decoded ahead by threads."""
     workers, waiting = os.cpu_count() or 1, collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
-        for i, (path, numbers) in enumerate(jobs):
-            waiting.append((i, pool.submit(cut, path, numbers, R)))
+        for path, numbers in itertools.chain(jobs, [(None, [])] * (workers + 1)):
+            waiting.append((path, numbers, pool.submit(cut, path, numbers, R) if numbers else None))
             if len(waiting) > workers + 1:
-                i, future = waiting.popleft()
-                yield i, future.result()
-        for i, future in waiting:
-            yield i, future.result()
+                path, numbers, future = waiting.popleft()
+                yield from ((path, n, pixels) for n, pixels in zip(numbers, future.result() if numbers else ()))
     finally:
         pool.shutdown(cancel_futures=True)
 

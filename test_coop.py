@@ -486,11 +486,14 @@ def test_crops_are_a_pure_function_of_image_and_epoch(tmp_path):
     (tmp_path / "one").rename(tmp_path / "elsewhere" / "two")
     pictures(tmp_path / "one", ["a", "b"])
     here, there = sorted((tmp_path / "one").glob("*/*")), sorted((tmp_path / "elsewhere" / "two").glob("*/*"))
-    found = dict(data.crops([(path, [0, 1, 2, data.TEST]) for path in here], 32))
-    assert sorted(found) == list(range(8)) and found[0].shape == (4, 32, 32, 3) and found[0].dtype == np.uint8
-    for i, pixels in data.crops([(path, [2, 0]) for path in there], 32):
-        assert np.array_equal(pixels, found[i][[2, 0]])
-    assert len({pixels.tobytes() for all_of_one in found.values() for pixels in all_of_one}) == 32
+    found = list(data.crops([(path, [0, 1, 2, data.TEST]) for path in here], 32))
+    assert [(path, n) for path, n, _ in found] == [(path, n) for path in here for n in (0, 1, 2, data.TEST)] and len(here) == 8
+    assert all(pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 for _, _, pixels in found)
+    again = list(data.crops([(path, numbers) for path in there for numbers in ([2, 0], [])], 32))
+    assert [(path, n) for path, n, _ in again] == [(path, n) for path in there for n in (2, 0)]
+    for i, (_, n, pixels) in enumerate(again):
+        assert np.array_equal(pixels, found[i // 2 * 4 + n][2])
+    assert len({pixels.tobytes() for _, _, pixels in found}) == 32
 
 
 def test_normalise():
@@ -788,7 +791,7 @@ def test_from_folder_to_prompt(world, tmp_path, capsys):
     mean = sum(r["accuracy"] for r in results[1:3]) / 2
     spread = abs(results[1]["accuracy"] - results[2]["accuracy"]) / 2 ** 0.5
     assert f"{mean:.2f} ± {spread:.2f}" in printed
-    prompt = clip_model.read_archive(tmp_path / "data-traced-2shot-seed1-2epochs.pt")
+    prompt = clip_model.read_archive(tmp_path / "data-traced-2shot-seed1-epochs=2.pt")
     assert prompt["classnames"] == ["banded", "grid", "polka-dotted"] and prompt["V"].shape == (16, 128)
     assert prompt["settings"] == results[-1]
     clip = clip_model.load(world[3])
@@ -802,10 +805,10 @@ def test_from_folder_to_prompt(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, name, shape", [
-    (["--csc"], "data-traced-1shot-seed1-csc-2epochs.pt", (3, 16, 128)),
-    (["--position", "middle", "--M", "4"], "data-traced-1shot-seed1-M4-middle-2epochs.pt", (4, 128)),
-    (["--init", "a photo of a"], "data-traced-1shot-seed1-M9-a-photo-of-a-2epochs.pt", (9, 128)),
-    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1-2epochs-1views.pt", (16, 128))])
+    (["--csc"], "data-traced-1shot-seed1-csc-epochs=2.pt", (3, 16, 128)),
+    (["--position", "middle", "--M", "4"], "data-traced-1shot-seed1-M=4-position=middle-epochs=2.pt", (4, 128)),
+    (["--init", "a photo of a"], "data-traced-1shot-seed1-M=9-init=a-photo-of-a-epochs=2.pt", (9, 128)),
+    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1-views=1-epochs=2.pt", (16, 128))])
 def test_variants(world, tmp_path, capsys, options, name, shape):
     code, _, err = command([*world, "--shots", "1", "--epochs", "2", *options], tmp_path, capsys)
     assert code == 0, err
@@ -834,9 +837,9 @@ def test_same_command_same_numbers_and_no_image_encoded_twice(world, tmp_path, c
         return count[0] - before
 
     assert encoded("--shots", "2") == 9 + 6 * 3
-    V = clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1-3epochs.pt")["V"]
+    V = clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1-epochs=3.pt")["V"]
     assert encoded("--shots", "2", "--again") == 0
-    assert torch.equal(V, clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1-3epochs.pt")["V"])
+    assert torch.equal(V, clip_model.read_archive(tmp_path / "out" / "data-traced-2shot-seed1-epochs=3.pt")["V"])
     assert encoded("--shots", "2", "--csc", "both", "--M", "2", "--position", "front", "--views", "2") == 0
     assert encoded("--shots", "2", "--epochs", "5") == 6 * 2
     assert encoded("--shots", "4") == len({p for p, _ in data.few_shot(data.load_dataset(world[1]).train, 4, random.Random(1))}
@@ -946,7 +949,7 @@ def test_known_runs_are_not_repeated(world, tmp_path, capsys, monkeypatch):
     first = lines(tmp_path)
     assert len(trained) == 4 and len(first) == 5
     _, printed, _ = command(arguments, tmp_path, capsys)
-    assert len(trained) == 4 and lines(tmp_path) == first and printed.count("known") == 4
+    assert len(trained) == 4 and lines(tmp_path) == first and printed.count("known") == 5
     text = (tmp_path / "results.jsonl").read_text()
     (tmp_path / "results.jsonl").write_text(text[:-20])
     command(arguments, tmp_path, capsys)
@@ -970,8 +973,8 @@ def test_base_and_new(world, tmp_path, capsys):
     assert results["coop", "new"]["accuracy"] == 100, "one class alone is always right"
     base = results["coop", "base"]["accuracy"]
     assert f"{2 * base * 100 / (base + 100):.2f} %" in printed
-    assert clip_model.read_archive(tmp_path / "data-traced-2shot-seed1-1epochs-base.pt")["classnames"] == ["banded", "grid"]
-    assert [coop.subset(5, c) for c in ("all", "base", "new")] == [[0, 1, 2, 3, 4], [0, 1, 2], [3, 4]]
+    assert clip_model.read_archive(tmp_path / "data-traced-2shot-seed1-epochs=1-classes=base.pt")["classnames"] == ["banded", "grid"]
+    assert [data.subset(5, c) for c in ("all", "base", "new")] == [[0, 1, 2, 3, 4], [0, 1, 2], [3, 4]]
 
 
 def wider(folder):
@@ -986,7 +989,7 @@ def test_a_learned_prompt_on_another_dataset(world, tmp_path, capsys):
     other = pictures(tmp_path / "other" / "train", ["wool", "grid"], 2).parent
     pictures(other / "test", ["wool", "grid"], 3)
     command([*world, "--shots", "1", "--epochs", "1", "--csc", "both"], tmp_path, capsys)
-    unified, specific = (str(tmp_path / f"data-traced-1shot-seed1{csc}-1epochs.pt") for csc in ("", "-csc"))
+    unified, specific = (str(tmp_path / f"data-traced-1shot-seed1{csc}-epochs=1.pt") for csc in ("", "-csc"))
     tail = ["--cache", world[-1], "--device", "cpu"]
     code, printed, err = command(["--load", unified, "--data", str(other), *tail], tmp_path / "o", capsys)
     assert code == 0 and lines(tmp_path / "o")[-1]["learned_on"] == "data", err
@@ -1044,7 +1047,7 @@ def test_readme_example_in_your_own_code(world, capsys):
 def test_predict_and_export(world, tmp_path, capsys):
     """--predict gives softmax(cosine / tau) of the test crop; four lines of numpy on --export's file give the same."""
     command([*world, "--shots", "1", "--epochs", "1"], tmp_path, capsys)
-    prompt, folder = str(tmp_path / "data-traced-1shot-seed1-1epochs.pt"), world[1] + "/test"
+    prompt, folder = str(tmp_path / "data-traced-1shot-seed1-epochs=1.pt"), world[1] + "/test"
     code, printed, err = command(["--load", prompt, "--predict", folder, str(next(pathlib.Path(folder).rglob("*.png"))), "--json", "--device", "cpu",
                                   "--export", str(tmp_path / "prompt.npz")], tmp_path, capsys)
     assert code == 0, err
@@ -1118,10 +1121,10 @@ def test_generalised_cross_entropy():
 def test_mislabel():
     """Exactly the share asked for is wrong, never the right label, the same ones for the same seed."""
     labels = [i % 5 for i in range(40)]
-    noisy = coop.mislabel(labels, 0.25, 5, seed=1)
+    noisy = data.mislabel(labels, 0.25, 5, seed=1)
     assert sum(a != b for a, b in zip(labels, noisy)) == 10 and set(noisy) <= set(range(5))
-    assert noisy == coop.mislabel(labels, 0.25, 5, seed=1) != coop.mislabel(labels, 0.25, 5, seed=2)
-    assert coop.mislabel(labels, 0, 5, seed=1) == labels
+    assert noisy == data.mislabel(labels, 0.25, 5, seed=1) != data.mislabel(labels, 0.25, 5, seed=2)
+    assert data.mislabel(labels, 0, 5, seed=1) == labels
 
 
 def test_keep_stays_near_the_hand_written_prompt():
@@ -1142,7 +1145,7 @@ def test_options_beyond_the_paper_and_the_picture(world, tmp_path, capsys):
     code, _, err = command([*world, "--shots", "1", "2", "--seeds", "1", "2", "--epochs", "2", "--loss", "gce", "--noise", "0.4", "--keep", "8",
                             "--plot", "--probe"], tmp_path, capsys)
     assert code == 0, err
-    assert (tmp_path / "data-traced-1shot-seed1-2epochs-gce-noise0.4-keep8.pt").is_file()
+    assert (tmp_path / "data-traced-1shot-seed1-loss=gce-noise=0.4-keep=8.0-epochs=2.pt").is_file()
     assert Image.open(tmp_path / "data.png").size[0] > 600
 
 
