@@ -662,6 +662,7 @@ def make_demo(folder):
     """A world without downloads, made once: folder/clip.pt is a small CLIP that learned crisp pictures of
     textures, some of them negatives, and captions that mostly say so; folder/demo are pictures to
     classify, all faded negatives, which "a photo of a {} texture." does not say. CoOp has to find out.
+    folder/demo-... are other pictures to test what it found on.
     """
     if not (folder / "clip.pt").is_file():
         torch.manual_seed(0)
@@ -673,9 +674,10 @@ def make_demo(folder):
                             progress=lambda step, loss: say(step + 1, f", loss {loss.item():.2f}"))
         write(folder / "clip.pt", lambda content: torch.save(clip.state_dict(), content))
     if not (folder / "demo").is_dir():
-        shutil.rmtree(folder / "drawing", ignore_errors=True)
-        data.draw_dataset(folder / "drawing")
-        (folder / "drawing").rename(folder / "demo")
+        for name, (negative, style) in data.SHIFTED.items():
+            shutil.rmtree(folder / name, ignore_errors=True)
+            data.draw_dataset(folder / name, [("test", 25)], 2, negative, style)
+        data.draw_dataset(folder / "demo")
 
 
 def share_out(args):

@@ -248,10 +248,10 @@ def load_dataset(root):
         dataset = read_aircraft(root)
     elif (root / "classnames.txt").is_file():
         dataset = read_imagenet(root)
-    elif (root / "train").is_dir() and (root / "test").is_dir():
+    elif (root / "test").is_dir() and {f.name for f in root.iterdir() if f.is_dir()} <= {"train", "val", "test"}:
         parts = [read_folders(root / p) if (root / p).is_dir() else {} for p in ("train", "val", "test")]
-        names = list(parts[0])
-        for part in parts[1:]:
+        names = list(parts[0] or parts[2])
+        for part in parts:
             if set(part) - set(names):
                 raise ValueError(f"{root}: class {min(set(part) - set(names))!r} has no folder in {root / 'train'}")
         dataset = Dataset(root.name, names, *([(p, names.index(c)) for c in part for p in part[c]] for part in parts))
@@ -460,6 +460,8 @@ CAPTIONS = ["{d}{n}.", "a {d}{n} texture.", "a {d}photo of a {n} texture.", "a {
             "a {d}{n} pattern.", "a {d}view of a {n} surface.", "something {n}, a {d}photo."]
 CRISP = {"contrast": (0.5, 1), "grain": (0, 0.15)}               # ranges: what the small CLIP is trained on
 FADED = {"contrast": (0.4, 0.5), "grain": (0.2, 0.25)}           # ranges: the pictures to classify; fainter is harder
+SHIFTED = {   # other worlds, to try a learned prompt on: (are they negatives?, what they look like)
+    "demo-crisp": (True, CRISP), "demo-fainter": (True, {"contrast": (0.3, 0.4), "grain": (0.25, 0.3)}), "demo-positive": (False, FADED)}
 
 
 def draw_texture(name, rng, negative, contrast, grain, size=64):
@@ -499,14 +501,16 @@ def draw_pairs(count, seed=0):
     return np.stack(pictures), captions
 
 
-def draw_dataset(root, counts=(("train", 32), ("val", 8), ("test", 50)), seed=1):
+def draw_dataset(root, counts=(("train", 32), ("val", 8), ("test", 50)), seed=1, negative=True, style=FADED):
     """What the demo classifies, root/<part>/<class>/<number>.png, counts pictures per class: old
-    negatives, all of them, faded and grainy, of which a prompt should know.
+    negatives, all of them, faded and grainy, of which a prompt should know. Whole or not there at all.
     """
-    rng = np.random.default_rng(seed)
+    rng, drawing = np.random.default_rng(seed), root.with_name(root.name + ".drawing")
+    shutil.rmtree(drawing, ignore_errors=True)
     for part, count in counts:
         for name in TEXTURES:
-            folder = pathlib.Path(root) / part / name
+            folder = drawing / part / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(draw_texture(name, rng, True, **FADED)).save(folder / f"{i:03}.png")
+                Image.fromarray(draw_texture(name, rng, negative, **style)).save(folder / f"{i:03}.png")
+    drawing.rename(root)
