@@ -241,16 +241,26 @@ def training_features(clip, items, T, views=0, seed=1, cache=None):
     return features
 
 
-def linear_probe(train, val):
-    """The paper's other baseline: multinomial logistic regression on pairs (features, labels).
-    -> weights (K, e), biases (K,), C
+def search_C(accuracy):
+    """The C with the best accuracy(C) by the official code's search: the best of seven powers of a hundred,
+    then eight halvings of [C / 10, 10 C] in log space, each keeping the half at the better end.
+    """
+    low = max((6, 4, 2, 0, -2, -4, -6), key=lambda exponent: accuracy(10.0 ** exponent)) - 1
+    high = low + 2
+    for _ in range(8):
+        middle, up = (low + high) / 2, accuracy(10.0 ** low) < accuracy(10.0 ** high)
+        best, low, high = (high, middle, high) if up else (low, low, middle)
+    return 10.0 ** best
 
-    scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS. C by accuracy on val:
-    the best power of a hundred, then eight halvings of [C / 10, 10 C], as the official code.
+
+def linear_probe(train, val):
+    """The paper's other baseline: multinomial logistic regression on pairs (features, labels), with
+    scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS; C by accuracy on val.
+    -> weights (K, e), biases (K,), C
     """
     (f, labels), K = (train[0].double(), train[1]), int(train[1].max()) + 1
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def fit(C):
         W = torch.zeros(K, f.shape[1] + 1, dtype=f.dtype, requires_grad=True)        # the last column is the bias
         optimizer = torch.optim.LBFGS([W], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
@@ -262,18 +272,11 @@ def linear_probe(train, val):
             return value
 
         optimizer.step(loss)
-        return W.detach()
+        W, b = W.detach()[:, :-1], W.detach()[:, -1]
+        return W, b, (F.linear(val[0].double(), W, b).argmax(-1) == val[1]).sum().item()
 
-    @functools.lru_cache(maxsize=None)
-    def right(C):
-        return (F.linear(val[0].double(), fit(C)[:, :-1], fit(C)[:, -1]).argmax(-1) == val[1]).sum().item()
-
-    best = max((10.0 ** p for p in (6, 4, 2, 0, -2, -4, -6)), key=right)
-    low, high = best / 10, best * 10
-    for _ in range(8):
-        best, middle = (high if right(low) < right(high) else low), (low * high) ** 0.5
-        low, high = (middle, high) if best == high else (low, middle)
-    return fit(best)[:, :-1], fit(best)[:, -1], best
+    C = search_C(lambda C: fit(C)[2])
+    return *fit(C)[:2], C
 
 
 # ---- Results and prompts ------------------------------------------------------------------------

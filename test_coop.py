@@ -915,6 +915,37 @@ def test_fewer_images_than_shots_are_all_used_and_it_is_said_once(world, tmp_pat
     assert code == 0 and printed.count("the smallest: 6") == 1
 
 
+def test_several_processes_share_the_work(world, tmp_path):
+    """Under torchrun two processes encode every crop once, between them, and their results, prompts and table
+    are those of one process.
+    """
+    script = tmp_path / "counted.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import coop
+encode, seen = coop.clip_model.CLIP.encode_image, []
+coop.clip_model.CLIP.encode_image = lambda self, x: seen.append(len(x)) or encode(self, x)
+coop.main()
+open(sys.argv[-1] + "/encoded" + os.environ.get("RANK", "0"), "w").write(str(sum(seen)))
+""")
+    options = [*world[:6], "--shots", "1", "2", "--seeds", "1", "2", "--epochs", "2", "--probe"]
+    tables = []
+    for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        out = tmp_path / name
+        run = subprocess.run([sys.executable, *launch, script, *options, "--cache", out / "cache", "--out", out], capture_output=True, text=True,
+                             check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr
+        tables.append(run.stdout[run.stdout.index("accuracy, %"):])
+    assert tables[0] == tables[1]
+    one, two = ({r["method"] + coop.file_name({**coop.USUAL, **r}): r["accuracy"] for r in lines(tmp_path / name)} for name in ("one", "two"))
+    assert one == two and len(one) == 9 == len(lines(tmp_path / "two"))
+    for file in (tmp_path / "one").glob("*.pt"):
+        assert torch.allclose(coop.load_prompt(file)["V"], coop.load_prompt(tmp_path / "two" / file.name)["V"], atol=1e-5)
+    alone, shares = int((tmp_path / "one" / "encoded0").read_text()), [int((tmp_path / "two" / f"encoded{rank}").read_text()) for rank in (0, 1)]
+    assert sum(shares) < 1.5 * alone and min(shares) > alone / 3, (alone, shares)      # a few may be met twice
+
+
 def test_the_process_itself(world, tmp_path):
     """As users start it: exit code 0 and a table; a mistake: exit code 2 and no traceback."""
     run = subprocess.run([sys.executable, HERE / "coop.py", *world, "--shots", "1", "--epochs", "1", "--out", tmp_path],
@@ -1085,9 +1116,22 @@ def test_words_are_the_nearest_token_embeddings(world, tmp_path, capsys, csc):
     assert printed.count(f"V1: x {1e-3 * 128 ** 0.5:.4f}, ") == (3 if csc else 1) and f"{far[1]:.4f}" in printed
 
 
+@pytest.mark.parametrize("peak, expected", [
+    (2.7, 2.703125),        # [1, 3] -> [2, 3] -> [2.5, 3] -> [2.5, 2.75] -> ... -> [2.6875, 2.703125], whose upper end is nearer
+    (0.99, 0.984375),       # [-1, 1], seven times the upper end, then [0.984375, 1], whose lower end is nearer
+    (3.2, 3.203125),        # 1e4 is the nearest of the seven: [3, 5] -> [3, 4] -> [3, 3.5] -> [3, 3.25] -> [3.125, 3.25] -> ...
+    (-9, -7), (9, 7)])
+def test_the_search_for_C(peak, expected):
+    """With accuracy falling off linearly from a peak, the search ends where pencil and paper do."""
+    tried = []
+    C = coop.search_C(lambda C: tried.append(C) or -abs(math.log10(C) - peak))
+    assert math.log10(C) == pytest.approx(expected, abs=1e-9) and len(set(tried)) <= 7 + 2 + 8
+    assert coop.search_C(lambda C: 0) == pytest.approx(1e5), "ties: the first of the seven, then always the lower end"
+
+
 def test_linear_probe_is_at_its_optimum():
-    """The gradient of scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, vanishes at what linear_probe returns,
-    and its C lies within the official search's reach of a power of a hundred.
+    """The gradient of scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, vanishes at what linear_probe returns;
+    the coefficients are scikit-learn's.
     """
     torch.manual_seed(0)
     centres = torch.randn(4, 10)
@@ -1098,7 +1142,6 @@ def test_linear_probe_is_at_its_optimum():
         leaf.requires_grad_()
     objective = W.square().sum() / 2 + C * F.cross_entropy(f.double() @ W.T + b, labels, reduction="sum")
     assert all(g.abs().max() < 1e-4 * max(1, C) for g in torch.autograd.grad(objective, (W, b)))
-    assert any(abs(math.log10(C / c)) <= 1.001 for c in (1e6, 1e4, 1e2, 1, 1e-2, 1e-4, 1e-6))
     sklearn = pytest.importorskip("sklearn.linear_model", reason="the coefficients are compared where scikit-learn is: pip install scikit-learn")
     theirs = sklearn.LogisticRegression(C=C, tol=1e-10, max_iter=10000).fit(f.double().numpy(), labels.numpy())
     assert np.abs(theirs.coef_ - W.detach().numpy()).max() < 1e-4
