@@ -14,6 +14,10 @@ a parameter, so that it stays positive and a gradient step changes it by a facto
 
 Module and parameter names are those of OpenAI's checkpoints, so that weights load strictly.
 
+Know before: what a transformer layer and a convolution are.  To take away: CLIP is two encoders
+that never meet but in a cosine.  A sentence can therefore stand in for a class that no classifier
+was ever trained on, and either side can be computed once and kept.
+
 Read in this order: contrastive_loss (what CLIP was trained for), CLIP, its encode_text and
 encode_prompts, Block, the two image encoders, then loading.  Needs torch and none of its neighbours.
 """
@@ -92,7 +96,9 @@ class CLIP(nn.Module):
         """Token ids (N, L), rows sot ... eot 0 0 0 -> features (N, e), not yet of unit length.
 
         The whole sentence is summed up at eot, the last token: attention is causal (a token sees
-        itself and what stands left of it), so eot is the only one that has seen everything.
+        itself and what stands left of it), so eot is the only one that has seen everything.  Why
+        causal at all?  So that the encoder could start from a language model, or be trained as one
+        on the side (paper, 2.4).  For CoOp it is a gift, as encode_prompts shows.
 
         EXACT up to rounding: causal also means that columns right of the last eot in the batch
         change nothing, so they are cut off.  Proof: test_nothing_right_of_eot_matters.
@@ -139,6 +145,7 @@ class CLIP(nn.Module):
         return torch.cat([encode(shared, part, group) for part, group in zip(own.split([int(group.sum()) for group in groups]), groups)])
 
     def _encode_group(self, shared, own, lengths):
+        """encode_prompts for one group, as one sequence of P + sum(lengths) tokens."""
         P, K, lengths = len(shared), len(lengths), lengths.to(own.device)
         ends = P + lengths.cumsum(0)                                    # branch k stops before ends[k]
         branch = torch.arange(K, device=own.device).repeat_interleave(lengths)
@@ -231,6 +238,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """A stack of blocks; OpenAI's name for the list, resblocks, stays."""
+
     def __init__(self, d, layers, heads):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(d, heads) for _ in range(layers))
@@ -245,7 +254,11 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT (arXiv 2010.11929): the picture as a sentence of patches, read off at a class token."""
+    """ViT (arXiv 2010.11929): the picture as a sentence of patches, read off at a class token.
+
+    Here attention is not causal: patches have no reading order, every token sees every other one,
+    and so the class token can stand first.
+    """
 
     def __init__(self, resolution, patch, width, layers, e):
         super().__init__()
@@ -289,7 +302,8 @@ class Bottleneck(nn.Module):
 
 class AttentionPool(nn.Module):
     """One attention step with the mean as its only question: a weighted mean over the positions,
-    with weights that depend on the content, where an ordinary ResNet takes the plain mean.
+    with weights that depend on the content, where an ordinary ResNet takes the plain mean.  A small
+    object in the middle need not be drowned by its background.
     """
 
     def __init__(self, side, width, heads, e):
@@ -309,7 +323,13 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """ResNet-D with a stem of three convolutions and attention pooling (CLIP paper, section 2.4)."""
+    """ResNet-D with a stem of three convolutions and attention pooling (CLIP paper, section 2.4).
+
+    Its BatchNorm layers must stay in eval mode.  In training mode they normalise with the mean and
+    variance of whatever batch they see and drift towards it: the "frozen" encoder would change with
+    every step, and an image's features would depend on its neighbours.  Freezing the weights does
+    not prevent that, eval() does; here prepare() leaves no BatchNorm behind at all.
+    """
 
     def __init__(self, resolution, layers, width, e):
         super().__init__()

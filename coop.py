@@ -13,7 +13,12 @@ Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with one cont
 t_i the prompt of class i; g its text features; f image features; tau = 1 / exp(logit_scale) the
 temperature; d token width; e embedding width; T epochs, n the epoch; N training images.
 
-Read in this order: PromptLearner, train, evaluate; then image_features, Experiment.coop, run and main.
+Know before: what CLIP's two encoders do (clip_model.py, first two screens), and SGD in PyTorch.
+To take away: a prompt is a short list of vectors like any other parameter; what it learns is the
+same for all images, so at test time g is computed once and a prediction costs one image encoding.
+
+Read in this order: PromptLearner, train, evaluate: that is the method. Then, if you want to know how
+a folder becomes a table: image_features, Experiment.coop, run and main.
 """
 import argparse
 import collections
@@ -53,6 +58,9 @@ class PromptLearner(nn.Module):
     class-specific contexts (csc); "front" is the official code's third. init: words whose
     token embeddings V starts from (M is then their number of tokens); None draws N(0, 0.02^2) from
     torch's global generator. Raises ValueError if a prompt is longer than CLIP reads.
+
+    Why this can work: a word enters CLIP as a row of the token embedding, d numbers; nothing behind
+    that table asks whether the numbers came out of it. A word can only be chosen, a vector can be learned.
     """
 
     def __init__(self, clip, tokenizer, classnames, M=16, position="end", csc=False, init=None):
@@ -66,13 +74,18 @@ class PromptLearner(nn.Module):
 
         names = [name.replace("_", " ") for name in classnames]
         length = {name: len(tokenizer.encode(name)) for name in names}
-        longest, room = max(names, key=length.get), clip.context_length - 3      # without sot, full stop, eot
-        if length[longest] + M > room:
-            raise ValueError(f"class name {longest!r} is too long: {length[longest]} tokens, the model reads {room - 1} at "
-                             f"most" if length[longest] >= room else f"M = {M} is too large: with the {length[longest]} tokens "
-                             f"of class {longest!r} the largest that fits in {clip.context_length} is {room - length[longest]}")
+        longest = max(names, key=length.get)
+        room = clip.context_length - 3 - length[longest]                         # for V, beside sot, full stop and eot
+        if room < 1:
+            raise ValueError(f"class name {longest!r} is too long: {length[longest]} tokens, the model reads {clip.context_length - 4} at most")
+        if M > room:
+            raise ValueError(f"M = {M} is too large: with the {length[longest]} tokens of class {longest!r} "
+                             f"the largest that fits in {clip.context_length} is {room}")
 
-        # A prompt is written as numbers: a token id, or vocab_size + m for the place of vector V_m.
+        # end:     sot V1 V2 V3 V4 polka - dotted . eot        sot, eot: start and end of text
+        # middle:  sot V1 V2 polka - dotted V3 V4 . eot
+        # front:   sot polka - dotted V1 V2 V3 V4 . eot
+        # Written as numbers: a token id, or vocab_size + m for the place of vector V_m.
         prompts, shared = [], {"end": M, "middle": M // 2, "front": 0}[position]
         for i, name in enumerate(names):
             ids, cut = tokenizer.encode(name + "."), length[name]                # encoded with its full stop, as in the sentence
@@ -81,7 +94,7 @@ class PromptLearner(nn.Module):
         shared = 1 if csc else 1 + shared                # how many tokens all prompts have in common
         self.lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
 
-        # The few embeddings that occur, each once: the bank's rows are those of the words, then V's.
+        # forward() picks all embeddings out of a small bank: one row per word that occurs, then those of V.
         places = prompts[0][:shared] + [place for prompt in prompts for place in prompt[shared:]]
         used, rows = torch.unique(torch.tensor(places), return_inverse=True)
         self.register_buffer("shared_rows", rows[:shared].to(embedding.device))
@@ -108,8 +121,9 @@ def batches(N, T, seed, size=32):
 
 def learning_rate(n, T):
     """The official schedule: one epoch of warm-up at 1e-5, so that the first gradients, taken far from
-    any good V, cannot throw it off; then a cosine from 0.002. The warm-up epoch counts as one of
-    the T, so the cosine stops short of zero, at an angle of pi (T - 2) / T: odd, and kept.
+    any good V, cannot throw it off; then a cosine from 0.002. Odd, and kept: the warm-up is not a rise
+    but a constant, and it counts as one of the T, so that the cosine stops short of zero, at an
+    angle of pi (T - 2) / T.
     """
     return 1e-5 if n == 0 else 0.001 * (1 + math.cos(math.pi * (n - 1) / T))
 
@@ -122,6 +136,10 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
     beforehand: the image encoder is frozen, so f does not change while V does. labels: (N,).
     loss, keep, hand: not the paper's, see README "Beyond the paper"; hand (K, e) are the features of
     hand-written prompts, of unit length. Raises ValueError when the loss is not a number.
+
+    "The gradient flows through a frozen encoder": backward() goes from the loss through g and every
+    layer of the text encoder down to V, multiplying by the layers' weights on its way. Frozen means
+    that no gradient *of* those weights is computed, and that no step changes them.
     """
     optimizer = torch.optim.SGD([learner.V], lr=learning_rate(0, T), momentum=0.9, weight_decay=5e-4)
     for n, epoch in enumerate(batches(len(labels), T, seed)):
@@ -130,12 +148,14 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
         for batch in epoch:
             f = F.normalize(features[batch, n % features.shape[1]], dim=-1)      # (B, e)
             g = F.normalize(clip.encode_prompts(*learner()), dim=-1)             # (K, e)
-            logits = clip.logit_scale.exp() * f @ g.T                            # cosine / tau, (B, K)
-            value = loss(logits, labels[batch])                                  # -log of equation 1
+            # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum over j of exp(cos(g_j, f) / tau).
+            # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is then e^5 against 1.
+            logits = clip.logit_scale.exp() * f @ g.T                            # cos / tau, (B, K)
+            value = loss(logits, labels[batch])                                  # mean of -log p(label)
             if keep:
                 value = value + keep * (1 - (g * hand).sum(-1).mean())           # KgCoOp: stay near the hand-written words
             optimizer.zero_grad()
-            value.backward()         # through the text encoder, whose weights stay: only V has a gradient
+            value.backward()
             optimizer.step()
             losses.append(value.detach())
             right += (logits.argmax(-1) == labels[batch]).sum()
@@ -156,7 +176,9 @@ def generalised_cross_entropy(logits, labels, q=0.5):
 
 
 def evaluate(image_features, text_features, labels):
-    """Percent of the images (N, e) whose nearest text (K, e), by cosine, is that of their label (N,)."""
+    """Percent of the images (N, e) whose nearest text (K, e), by cosine, is that of their label (N,). The
+    temperature plays no part here: it says how sure a prediction is, not which class is ahead.
+    """
     f, g = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     return 100 * ((f @ g.T).argmax(-1) == labels).double().mean().item()
 
@@ -743,7 +765,7 @@ LOSSES = {"ce": F.cross_entropy, "gce": generalised_cross_entropy}
 def parse(argv):
     def at_least(low):
         def integer(text):
-            if int(text) < low:
+            if not low <= int(text) < 2 ** 31:
                 raise argparse.ArgumentTypeError(f"{text} (expected {low} or more)")
             return int(text)
         return integer
@@ -790,6 +812,8 @@ def parse(argv):
         parser.error("--demo trains a model of its own: leave out --backbone")
     if args.load and not (args.data or args.demo or args.predict or args.export or args.words):
         parser.error("--load needs something to do: --data, --predict, --export or --words")
+    if args.load and (args.plot or args.probe):
+        parser.error("--plot and --probe go with training, not with --load")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if (args.predict or args.export or args.words) and not args.load:

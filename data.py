@@ -58,6 +58,9 @@ def few_shot(items, shots, rng):
 
     Classes come in the order of their first item. With rng = Random(seed), first over the training
     list and then, with the same rng, over the validation list, these are the official code's images.
+
+    With four images per class the luck of the draw is worth several points, so methods can only be
+    compared on the same draws: hence the care for the order, and three seeds wherever it matters.
     """
     groups = {}
     for item in items:
@@ -80,6 +83,10 @@ def mislabel(labels, share, K, seed):
 
 
 # ---- Crops --------------------------------------------------------------------------------------
+#
+# CLIP reads squares of R x R pixels. At test time that is the middle of the picture, always the same.
+# For training each epoch cuts another random part: with few images that is what keeps V from learning
+# them by heart. Torchvision's transforms are written out here as this needs Pillow alone.
 
 def read_image(path):
     """Any picture that Pillow reads, as RGB; its EXIF rotation is left alone, as in the official code."""
@@ -126,7 +133,9 @@ def train_crop(image, R, rng):
 def cut(path, numbers, R):
     """Crops of one picture, decoded once: crop n of epoch n, or TEST -> (len(numbers), R, R, 3) uint8.
 
-    The dice of crop n are seeded with the file's name, its folder's name and n, nothing else.
+    The dice of crop n are seeded with the file's name, its folder's name and n, nothing else: not
+    with the run's seed, nor with the order of anything. So runs that differ in M, position, loss or
+    seed look at the same crops, and what the image encoder makes of one can be kept on disk.
     """
     image, name = read_image(path), "/".join(pathlib.Path(path).parts[-2:])
     return np.stack([np.asarray(test_crop(image, R) if n == TEST else train_crop(image, R, random.Random(f"{name} {n}")))
@@ -161,6 +170,7 @@ class FeatureCache:
     SQLite makes every group of rows whole or absent, and lets several processes share the file.
     A file counts as the same while its path, size and time of change are; a row whose checksum is
     wrong counts as absent, and a file that SQLite calls damaged is thrown away and started anew.
+    Every access opens the file and closes it again, so that nothing is held through threads or forks.
     """
 
     def __init__(self, path):
@@ -215,6 +225,9 @@ class FeatureCache:
 
 
 # ---- Readers ------------------------------------------------------------------------------------
+
+# What the readers hand on is plain lists; which one applies is told by the files that are there. The
+# order of classes and of images within the lists is that of the official code, as the draw depends on it.
 
 KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
