@@ -203,13 +203,12 @@ class FeatureCache:
 
     def get(self, paths):
         """For each path {crop number: vector}."""
-        found = {}
         keys = [self.key(path) for path in paths]
-        for key in set(keys):
-            for n, crc, vector in self.sql("SELECT n, crc, vector FROM features WHERE image = ?", [(key,)]):
-                if isinstance(vector, bytes) and self.checksum(key, n, vector) == crc:
-                    found.setdefault(key, {})[n] = np.frombuffer(vector, np.float32)
-        return [found.get(key, {}) for key in keys]
+        found = {key: {} for key in keys}
+        for key, n, crc, vector in self.sql("SELECT image, n, crc, vector FROM features WHERE image = ?", [(key,) for key in found]):
+            if isinstance(vector, bytes) and self.checksum(key, n, vector) == crc:
+                found[key][n] = np.frombuffer(vector, np.float32)
+        return [found[key] for key in keys]
 
     def put(self, paths, numbers, vectors):
         """Remember vectors (B, e) float32 of crops numbers[i] of paths[i]; written every ten seconds."""
