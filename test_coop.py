@@ -21,6 +21,8 @@ import pickle
 import platform
 import random
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -957,16 +959,104 @@ def test_the_process_itself(world, tmp_path):
     assert run.returncode == 0 and "[49406, 320, 1125, 539, 320, 2368, 49407]" in run.stdout
 
 
-@pytest.mark.parametrize("file", ["tokenizer.py", "clip_model.py", "data.py"])
-def test_ground_floor_files_stand_alone(file, tmp_path):
-    """Copied alone into an empty folder, each imports and works."""
-    use = {"tokenizer.py": "from tokenizer import Tokenizer; assert Tokenizer()('ab').shape == (1, 77)",
-           "clip_model.py": "import torch, clip_model as c; "
-                            "m = c.CLIP(8, c.VisionTransformer(32, 16, 64, 1, 8), 64, 1); assert m.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 8)",
-           "data.py": "import random, data; assert data.few_shot([('a', 0), ('b', 1)], 1, random.Random(1)) == [('a', 0), ('b', 1)]"}[file]
-    (tmp_path / file).write_text((HERE / file).read_text())
-    subprocess.run([sys.executable, "-c", use], cwd=tmp_path, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+# ---- README -------------------------------------------------------------------------------------
 
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def readme_block(words):
+    """The code block of README that has these words in it."""
+    block, = [b for b in re.findall(r"```\w*\n(.*?)```", README, re.DOTALL) if words in b]
+    return block
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A place as somebody has it who follows README: small pictures under README's names, in the home folder a
+    small model under OpenAI's names and a small demo world; every run is of one epoch. Downloads nothing.
+    """
+    home, here, world = tmp_path / "home", tmp_path / "here", tmp_path / "home/.cache/coop/demo-world"
+    for folder in (home / ".cache" / "clip", here, world):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    torch.manual_seed(0)
+    for file, vocab_size in ((home / ".cache/clip/RN50.pt", 49408), (home / ".cache/clip/ViT-B-32.pt", 49408), (world / "clip.pt", 514)):
+        torch.save(CLIP(32, clip_model.VisionTransformer(224 if vocab_size > 514 else 64, 32, 64, 1, 32), 64, 1, vocab_size=vocab_size).state_dict(), file)
+    for name, file in (("RN50", "RN50.pt"), ("ViT-B/32", "ViT-B-32.pt")):
+        monkeypatch.setitem(clip_model.MODELS, name, (file, clip_model.sha256(home / ".cache/clip" / file)))
+    data.draw_dataset(world / "demo", [("train", 2), ("val", 2), ("test", 1)])
+    data.draw_dataset(world / "demo-fainter", [("test", 1)])
+    write_split(here / "dtd", "split_zhou_DescribableTextures.json", "images", ["banded", "grid"])
+    for folder in ("my_photos", "other_pictures"):
+        pictures(here / folder, ["cat", "dog"], 6)
+    for folder in ("more_photos", "b"):
+        pictures(here / folder, ["."], 1)
+    for name in ("new.jpg", "photo.jpg", "a.png"):
+        Image.new("RGB", (70, 60), (200, 30, 90)).save(here / name)
+    monkeypatch.setattr(coop, "epochs", lambda shots, dataset: 1)
+    monkeypatch.setattr(coop, "search_C", lambda accuracy: 1.0)      # 15 fits fewer
+    return here
+
+
+def test_readme_commands(reader, capsys):
+    """Every `python coop.py ...` of README runs as it stands there, one after the other."""
+    commands = [command.strip() for command in re.findall(r"python coop\.py ([^`&#\n]+)", README)]
+    assert len(commands) > 15
+    for command in commands:
+        if "PROMPT.pt" in command:
+            shutil.copy("runs/my_photos-RN50-8shot-seed1.pt", "PROMPT.pt")
+        try:
+            coop.main([os.path.expanduser(word) for word in shlex.split(command)])
+        except SystemExit as stop:
+            assert stop.code == 0, (command, capsys.readouterr().err)
+        assert capsys.readouterr().out, command
+    assert {r["dataset"] for r in lines(reader / "runs")} == {"demo", "dtd", "my_photos", "other_pictures", "demo-fainter"}
+    assert (reader / "prompt.npz").is_file() and (reader / "runs" / "demo.png").is_file()
+
+
+def test_readme_names_what_is_there():
+    """Options, files, functions and tests that README and the docstrings mention exist."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in HERE.glob("*.py")}
+    options = set(re.findall(r'"(--[\w-]+)"', sources["coop.py"]))
+    known = {"--help", "--nproc-per-node", "--no-deps"}
+    for name, text in {"README.md": README, **sources}.items():
+        if name != "test_coop.py":
+            assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)) <= options | known, name
+        for test in re.findall(r"test_[a-z]\w+", text):
+            assert f"def {test}" in sources["test_coop.py"] or test in ("test_crop", "test_coop") or test.endswith("_"), (name, test)
+    for option in options - {"--help"}:
+        assert option in README or option in ("--device", "--epochs", "--template"), f"README does not mention {option}"
+
+
+@pytest.mark.parametrize("file, words, needed", [
+    ("tokenizer.py", "from tokenizer import Tokenizer  ", {}), ("clip_model.py", "torch.cosine_similarity", {'"ViT-B/32"': '"model.pt"'}),
+    ("data.py", "import random\n", {})])
+def test_each_ground_floor_file_works_alone(reader, file, words, needed):
+    """Copied alone into an empty folder, each does what README's "Take just this file" shows, and the process that
+    runs it cannot see the others.
+    """
+    alone, code = reader / "alone", readme_block(words)
+    alone.mkdir()
+    (alone / file).write_text((HERE / file).read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copytree(reader / "my_photos", alone / "my_photos")
+    shutil.copy(reader.parent / "home/.cache/clip/ViT-B-32.pt", alone / "model.pt")
+    for old, new in needed.items():
+        assert old in code
+        code = code.replace(old, new)
+    hidden = "\nimport importlib.util\nassert sum(importlib.util.find_spec(m) is not None for m in ('tokenizer', 'clip_model', 'data', 'coop')) == 1"
+    subprocess.run([sys.executable, "-c", code + hidden], cwd=alone, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+
+
+def test_readme_example_in_your_own_code(reader, capsys):
+    """README's ten lines run as they stand."""
+    dataset = data.load_dataset("my_photos")
+    code = readme_block("coop.training_features")
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
+    exec(code, {"classnames": dataset.classnames, "paths": [path for path, _ in dataset.train], "labels": [label for _, label in dataset.train],
+                "new_paths": [path for path, _ in dataset.test], "new_labels": [label for _, label in dataset.test]})
+    assert re.search(r"\d % right", capsys.readouterr().out)
 
 
 # ---- coop.py: experiments and using what was learned ---------------------------------------------
@@ -1057,22 +1147,6 @@ def test_official_checkpoints(world, tmp_path, capsys):
     assert code == 2 and "tells no class names" in err
     code, _, err = command(["--load", str(file), *world[:2], "--backbone", str(wider(tmp_path))], tmp_path, capsys)
     assert code == 2 and re.search("vectors of width 128, .* reads 64", err)
-
-
-def readme_block(words):
-    """The code block of README that has these words in it."""
-    block, = [b for b in re.findall(r"```\w*\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.S) if words in b]
-    return block
-
-
-def test_readme_example_in_your_own_code(world, capsys):
-    """README's ten lines run as they stand, on a small model and small lists."""
-    dataset = data.load_dataset(world[1])
-    code = readme_block("coop.training_features").replace('"RN50"', repr(world[3])).replace("Tokenizer.openai()", "Tokenizer()")
-    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
-    exec(code, {"classnames": dataset.classnames, "paths": [path for path, _ in dataset.train], "labels": [label for _, label in dataset.train],
-                "new_paths": [path for path, _ in dataset.test], "new_labels": [label for _, label in dataset.test]})
-    assert re.search(r"\d % right", capsys.readouterr().out)
 
 
 def test_predict_and_export(world, tmp_path, capsys):
