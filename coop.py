@@ -77,7 +77,8 @@ class PromptLearner(nn.Module):
         longest = max(names, key=length.get)
         room = clip.context_length - 3 - length[longest]                         # for V, beside sot, full stop and eot
         if room < 1:
-            raise ValueError(f"class name {longest!r} is too long: {length[longest]} tokens, the model reads {clip.context_length - 4} at most")
+            raise ValueError(f"class name {longest!r} is too long: {length[longest]} tokens, the model reads "
+                             f"{clip.context_length - 4} at most")
         if M > room:
             raise ValueError(f"M = {M} is too large: with the {length[longest]} tokens of class {longest!r} "
                              f"the largest that fits in {clip.context_length} is {room}")
@@ -411,11 +412,13 @@ def cells(results):
 
 def table(results):
     """Accuracy by method and number of shots, mean over seeds ± standard deviation."""
+    def text(mean, spread):
+        return f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
     columns = sorted({r["shots"] for r in results})
     lines = [f"{'accuracy, %':<34}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
     for row, found in cells(results).items():
-        texts = [f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "") for mean, spread in (found.get(c, (0, None)) for c in columns)]
-        lines.append(f"{row:<34}" + "".join(f"{text if c in found else '':>15}" for c, text in zip(columns, texts)))
+        lines.append(f"{row:<34}" + "".join(f"{text(*found[c]) if c in found else '':>15}" for c in columns))
     return "\n".join(lines)
 
 
@@ -477,40 +480,45 @@ class Experiment:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
         self.clip, self.tokenizer = open_clip(args)
         self.names, self.template = self.dataset.classnames, args.template or self.dataset.template
-        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{self.clip.sha256[:16]}-{args.precision}.sqlite")
-        backbone = pathlib.Path(args.backbone).stem if os.path.isfile(args.backbone) else args.backbone.replace("/", "-")
+        weights, backbone = self.clip.sha256[:16], args.backbone.replace("/", "-") if args.backbone in clip_model.MODELS else pathlib.Path(args.backbone).stem
+        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}.sqlite")
         train, val, test = self.dataset.train, self.dataset.val, self.dataset.test
         listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, val, test)]))
         self.common = {"dataset": self.dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone,
-                       "weights": self.clip.sha256[:16], "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
+                       "weights": weights, "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
-        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen; "
-              f"images in {args.precision}\n{self.dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(test)} test images")
+        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
+              f"{args.precision}\n{self.dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(test)} test images")
         if max(args.shots) and not args.load:
-            variants = itertools.product(args.M, args.position, args.csc)
-            shapes = {tuple(PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init).V.shape) for variant in variants}   # they fit
-            print(f"to learn: V {' or '.join(f'{shape}, {math.prod(shape):,} numbers' for shape in sorted(shapes))}; shots {args.shots}, seeds "
-                  f"{args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, {args.views or 'as many'} crops per image{'' if args.views else ' as epochs'}")
+            learners = [PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init)        # do they fit?
+                        for variant in itertools.product(args.M, args.position, args.csc)]
+            shapes = dict.fromkeys(f"{tuple(learner.V.shape)}, {learner.V.numel():,} numbers" for learner in learners)
+            print(f"to learn: V {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, "
+                  + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
             smallest = min(collections.Counter(label for _, label in train).values())
             if smallest < max(args.shots):
                 print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
         if self.cache:
             print(f"feature cache: {self.cache.path}, {self.cache.path.stat().st_size / 2 ** 20:.0f} MB")
-        start, jobs = time.time(), [(path, [TEST]) for path, _ in test]
+        start = time.time()
         if args.world > 1:                               # each process encodes its share of the images into the cache
-            image_features(self.clip, jobs[args.rank::args.world], self.cache, "encoding test images")
+            self.encode(test[args.rank::args.world])
             torch.distributed.barrier()
-        self.test, self.labels = image_features(self.clip, jobs, self.cache, "encoding test images"), torch.tensor([label for _, label in test])
-        self.seconds = round(time.time() - start, 2)
+        self.test, self.seconds = self.encode(test), round(time.time() - start, 2)
+
+    def encode(self, items):
+        """Features (N, e) of the test crops of items, and their labels (N,)."""
+        return (image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache, "encoding images"),
+                torch.tensor([label for _, label in items]))
 
     def names_of(self, classes):
         return [self.names[label] for label in data.subset(len(self.names), classes)]
 
     def part(self, classes):
         """Test features of the images of these classes, and their labels, counted from 0."""
-        kept = torch.tensor(data.subset(len(self.names), classes))
-        mine = torch.isin(self.labels, kept)
-        return self.test[mine], torch.searchsorted(kept, self.labels[mine])
+        (f, labels), kept = self.test, torch.tensor(data.subset(len(self.names), classes))
+        mine = torch.isin(labels, kept)
+        return f[mine], torch.searchsorted(kept, labels[mine])
 
     def shots(self, shots, seed):
         """The few-shot draw from the training and from the validation images of --classes, labels counted from 0."""
@@ -559,8 +567,7 @@ class Experiment:
             start, drawn = time.time(), self.shots(shots, seed)
             if not drawn[1]:
                 raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
-            sets = [(image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache), torch.tensor([label for _, label in items]))
-                    for items in drawn]
+            sets = [self.encode(items) for items in drawn]
             encoded, (f, labels) = time.time(), self.part(self.args.classes)
             W, b, C = linear_probe(*sets)
             right = (f.double() @ W.T + b).argmax(-1) == labels
@@ -587,13 +594,15 @@ class Experiment:
             raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
         features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
         labels = torch.tensor(data.mislabel([label for _, label in items], args.noise, len(names), seed), device=self.clip.device)
+        hand = self.hand_written(args.classes) if args.keep else None
         encoded, say = time.time(), progress_line("learning V, epochs", T)
-        train(self.clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, self.hand_written(args.classes) if args.keep else None,
+        train(self.clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, hand,
               lambda n, loss, accuracy: say(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
         V, trained = learner.V.detach(), time.time()
         for r in lines:
-            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(r["classes"]), V, position).cpu(), self.part(r["classes"])
-            r |= {"accuracy": evaluate(f, g, labels), "seconds_images": round(encoded - start, 2), "seconds_training": round(trained - encoded, 2)}
+            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(r["classes"]), V, position), self.part(r["classes"])
+            r |= {"accuracy": evaluate(f, g.cpu(), labels), "seconds_images": round(encoded - start, 2),
+                  "seconds_training": round(trained - encoded, 2)}
         g = learned_features(self.clip, self.tokenizer, names, V, position)
         write(file, lambda content: torch.save({
             "V": V.cpu(), "classnames": names, "text_features": g.cpu(), "logit_scale": self.clip.logit_scale.cpu(),
@@ -710,14 +719,14 @@ def share_out(args):
     the feature cache, and the runs of the grid, and only the first one speaks. Alone: nothing.
     """
     args.rank, args.world = 0, 1
-    if not torch.distributed.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:          # which torchrun sets
         return contextlib.nullcontext()
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))      # they meet rarely
     args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if args.device == "cuda":
         torch.cuda.set_device(args.rank % torch.cuda.device_count())
-    if args.no_cache and args.world > 1:
-        raise ValueError("several processes share image features through the cache: leave out --no-cache")
+    if args.no_cache or args.load:
+        raise ValueError("several processes learn prompts and share image features through the cache: leave out --load and --no-cache, or torchrun")
     return contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext()
 
 
@@ -729,25 +738,28 @@ def run(args):
         folder = args.cache / "demo-world"
         if args.rank == 0:
             make_demo(folder)
-        if args.world > 1:
-            torch.distributed.barrier()
         args.data, args.backbone, args.template = folder / "demo", folder / "clip.pt", args.template or "a photo of a {} texture."
     if args.load:
         return use(args)
     args.backbone = args.backbone or "RN50"
+    if args.world > 1:                                   # the first process makes or downloads what is missing, the others wait
+        if args.rank == 0:
+            data.load_dataset(args.data)
+            open_clip(args)
+        torch.distributed.barrier()
     experiment = Experiment(args)
     draws = list(itertools.product([shots for shots in args.shots if shots], args.seeds))
     runs = [(experiment.zero_shot, classes) for classes in ([args.classes], ["new"])[:1 + (args.classes == "base")]]
     runs += [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in itertools.product(args.M, args.position, args.csc) for draw in draws]
-    if args.world > 1:
+    if args.world > 1:                                   # every process encodes its share of the crops of all runs
         for shots, seed in draws:
             T = args.epochs or epochs(shots, experiment.dataset.name)
             jobs = training_jobs(experiment.shots(shots, seed)[0], T, args.views, seed)
             image_features(experiment.clip, jobs[args.rank::args.world], experiment.cache)
         torch.distributed.barrier()
     found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
-    if args.world > 1:
+    if args.world > 1:                                   # the table shows the runs of all
         parts = [None] * args.world
         torch.distributed.all_gather_object(parts, found)
         found = [lines for turn in itertools.zip_longest(*parts, fillvalue=[]) for lines in turn]
@@ -789,7 +801,8 @@ def parse(argv):
     add("--template", help="zero-shot prompt with {} for the class name; default: the dataset's")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=list(PRECISIONS), help="of the image encoder: fp32 on CPU, fp16 on CUDA")
-    add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, or the rest; a unified V learned on base is tested on both")
+    add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, or the rest; "
+        "a unified V learned on base is tested on both")
     add("--probe", action="store_true", help="also a linear probe on the image features")
     add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
     add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels")
