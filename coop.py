@@ -34,7 +34,6 @@ import os
 import pathlib
 import random
 import re
-import shutil
 import statistics
 import sys
 import time
@@ -220,7 +219,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits the caches
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
     missing, rows, row = [], [], 0                       # rows: where the features of the missing crops go
-    for (path, numbers), known in zip(jobs, cache.get([path for path, _ in jobs]) if cache else [{}] * len(jobs)):
+    for (path, numbers), known in zip(jobs, cache.get(jobs) if cache else [{}] * len(jobs)):
         for n in numbers:
             if n in known:
                 features[row] = torch.from_numpy(known[n].copy())
@@ -357,7 +356,7 @@ def load_prompt(path):
         prompt = {"V": prompt["state_dict"].get("ctx"), "classnames": None, "settings": {}}
     try:
         V, g, names = prompt["V"], prompt.get("text_features"), prompt["classnames"]
-        sound = V.dim() in (2, 3) and V.isfinite().all() and prompt["settings"].keys() >= set() and (
+        sound = V.dim() in (2, 3) and V.isfinite().all() and isinstance(prompt["settings"], dict) and (
             g is None or g.isfinite().all() and len(g) == len(names) and all(isinstance(name, str) for name in names))
     except (KeyError, TypeError, AttributeError):
         sound = False
@@ -367,6 +366,14 @@ def load_prompt(path):
     return {**prompt, "V": V.float(), "settings": {**USUAL, **told, **prompt["settings"]}}
 
 
+def saved_settings(path):
+    """The settings of the run that left its prompt at path; None if there is none, or a damaged one."""
+    try:
+        return load_prompt(path)["settings"]
+    except (ValueError, OSError):
+        return None
+
+
 def unusual(r):
     """In which settings a run of CoOp differs from the paper's standard: ["M=4", "csc", "epochs=20"]."""
     usual = {**USUAL, "epochs": epochs(r["shots"] or 0, r["dataset"]), "classes": "all"}
@@ -374,8 +381,9 @@ def unusual(r):
 
 
 def file_name(r):
-    """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters that every system takes."""
-    return re.sub(r"[^\w.=-]+", "-", "-".join([r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r)])) + ".pt"
+    """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters and a length that every system takes."""
+    name = "-".join([r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r)])
+    return re.sub(r"[^\w.=-]+", "-", name).encode()[:200].decode(errors="ignore") + ".pt"
 
 
 def row_name(r):
@@ -474,12 +482,11 @@ class Experiment:
     is one row of the paper's tables; it returns its lines for results.jsonl.
     """
 
-    def __init__(self, args):
-        self.args, self.dataset, self.results = args, data.load_dataset(args.data), Results(args.out)
-        if max(args.shots) and not self.dataset.train and not args.load:
+    def __init__(self, args, dataset, clip, tokenizer):
+        if max(args.shots) and not dataset.train and not args.load:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
-        self.clip, self.tokenizer = open_clip(args)
-        self.names, self.template = self.dataset.classnames, args.template or self.dataset.template
+        self.args, self.dataset, self.clip, self.tokenizer, self.results = args, dataset, clip, tokenizer, Results(args.out)
+        self.names, self.template = dataset.classnames, args.template or dataset.template
         weights, backbone = self.clip.sha256[:16], args.backbone.replace("/", "-") if args.backbone in clip_model.MODELS else pathlib.Path(args.backbone).stem
         self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}.sqlite")
         train, val, test = self.dataset.train, self.dataset.val, self.dataset.test
@@ -490,8 +497,9 @@ class Experiment:
         print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
               f"{args.precision}\n{self.dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(test)} test images")
         if max(args.shots) and not args.load:
-            learners = [PromptLearner(self.clip, self.tokenizer, self.names, *variant, args.init)        # do they fit?
-                        for variant in itertools.product(args.M, args.position, args.csc)]
+            variants = list(itertools.product(args.M, args.position, args.csc))
+            for names in (self.names, self.names_of(args.classes)):      # all names must fit, these are learned
+                learners = [PromptLearner(self.clip, self.tokenizer, names, *variant, args.init) for variant in variants]
             shapes = dict.fromkeys(f"{tuple(learner.V.shape)}, {learner.V.numel():,} numbers" for learner in learners)
             print(f"to learn: V {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, "
                   + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
@@ -586,7 +594,11 @@ class Experiment:
         if args.classes == "base" and not csc:           # a unified context goes with names that it never saw, too
             lines.append({**line, "classes": "new", "n_test": len(self.part("new")[1])})
         known = [self.known(r) for r in lines]
-        if all(known) and file.is_file() and self.results.same(load_prompt(file)["settings"], line):
+        if (saved := saved_settings(file)) and not self.results.same(saved, line):       # the same name, but other images, weights, ...
+            settings = {key: line[key] for key in sorted(line.keys() - self.results.MEASURED)}
+            file = file.with_stem(f"{file.stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
+            saved = saved_settings(file)
+        if all(known) and saved:
             return self.show(known, "(known; --again repeats it)")
 
         start, (items, _) = time.time(), self.shots(shots, seed)
@@ -618,10 +630,10 @@ class Experiment:
             if strangers or len(V) != len(known or names):
                 raise ValueError(f"{self.args.load} has a context for each of its own {len(V)} classes and none for "
                                  f"{strangers[0] if strangers else 'others'!r}; only a unified prompt goes with other classes")
-            V = V[[known.index(name) for name in names]] if known else V
+            V = V[[known.index(name) for name in names]] if known and known != names else V
         position = old["position"] or self.args.position[0]
         g, (f, labels) = learned_features(self.clip, self.tokenizer, names, V, position), self.part(classes)
-        line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), learned_on=old["dataset"],
+        line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), V=f"{zlib.crc32(prompt['V'].numpy().tobytes()):08x}", learned_on=old["dataset"],
                                    **{key: old[key] for key in ("M", "csc", "epochs", "views")}, position=position)}
         return self.once(line, lambda: {"accuracy": evaluate(f, g.cpu(), labels)}, f"learned on {old['dataset']}")
 
@@ -638,7 +650,7 @@ def predict(prompt, clip, paths, as_json):
 
     g, names, files = prompt["text_features"].to(clip.device), prompt["classnames"], pictures()
     while chunk := list(itertools.islice(files, 32)):    # a folder of thousands streams
-        f = image_features(clip, [(path, [TEST]) for path in chunk], what="").to(g.device)
+        f = image_features(clip, [(path, [TEST]) for path in chunk], what="encoding pictures").to(g.device)
         chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
         for path, row in zip(chunk, chances):
             best = [(names[i], round(row[i].item(), 4)) for i in row.topk(min(5, len(names))).indices.tolist()]
@@ -673,13 +685,13 @@ def use(args):
     args.backbone = args.backbone or prompt.get("path")
     if args.backbone is None:
         raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
-    experiment = Experiment(args) if args.data else None
-    clip, tokenizer = (experiment.clip, experiment.tokenizer) if experiment else open_clip(args)
+    dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
     if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
         raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}")
     if prompt["V"].shape[-1] != clip.token_embedding.embedding_dim:
         raise ValueError(f"{args.load} holds vectors of width {prompt['V'].shape[-1]}, {args.backbone} reads {clip.token_embedding.embedding_dim}")
-    if experiment:
+    if dataset:
+        experiment = Experiment(args, dataset, clip, tokenizer)
         experiment.zero_shot(args.classes)
         experiment.transfer(prompt, args.classes)
     if args.words:
@@ -707,16 +719,14 @@ def make_demo(folder):
         clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
                             progress=lambda step, loss: say(step + 1, f", loss {loss.item():.2f}"))
         write(folder / "clip.pt", lambda content: torch.save(clip.state_dict(), content))
-    if not (folder / "demo").is_dir():
-        for name, (negative, style) in data.SHIFTED.items():
-            shutil.rmtree(folder / name, ignore_errors=True)
-            data.draw_dataset(folder / name, [("test", 25)], 2, negative, style)
-        data.draw_dataset(folder / "demo")
+    for name, how in {"demo": (), **{name: ([("test", 25)], 2, *look) for name, look in data.SHIFTED.items()}}.items():
+        if not (folder / name).is_dir():                 # each is whole or not there
+            data.draw_dataset(folder / name, *how)
 
 
 def share_out(args):
     """Under torchrun --nproc-per-node N, be one of N processes: they share the image encoding, by way of
-    the feature cache, and the runs of the grid, and only the first one speaks. Alone: nothing.
+    the feature cache, and the runs of the grid, and only the first one prints results. Alone: nothing.
     """
     args.rank, args.world = 0, 1
     if "TORCHELASTIC_RUN_ID" not in os.environ:          # which torchrun sets
@@ -725,15 +735,13 @@ def share_out(args):
     args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if args.device == "cuda":
         torch.cuda.set_device(args.rank % torch.cuda.device_count())
-    if args.no_cache or args.load:
+    if args.world > 1 and (args.no_cache or args.load):
         raise ValueError("several processes learn prompts and share image features through the cache: leave out --load and --no-cache, or torchrun")
     return contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext()
 
 
 def run(args):
     """All that one command line asks for."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.demo:
         folder = args.cache / "demo-world"
         if args.rank == 0:
@@ -747,9 +755,9 @@ def run(args):
             data.load_dataset(args.data)
             open_clip(args)
         torch.distributed.barrier()
-    experiment = Experiment(args)
+    experiment = Experiment(args, data.load_dataset(args.data), *open_clip(args))
     draws = list(itertools.product([shots for shots in args.shots if shots], args.seeds))
-    runs = [(experiment.zero_shot, classes) for classes in ([args.classes], ["new"])[:1 + (args.classes == "base")]]
+    runs = [(experiment.zero_shot, [classes]) for classes in [args.classes] + ["new"] * (args.classes == "base")]
     runs += [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in itertools.product(args.M, args.position, args.csc) for draw in draws]
     if args.world > 1:                                   # every process encodes its share of the crops of all runs
@@ -821,6 +829,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not (args.data or args.demo or args.load):
         parser.error("one of --data, --demo and --load is needed")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.demo and args.backbone:
         parser.error("--demo trains a model of its own: leave out --backbone")
     if args.load and not (args.data or args.demo or args.predict or args.export or args.words):
@@ -831,7 +841,9 @@ def parse(argv):
         parser.error("--plot needs matplotlib: pip install matplotlib")
     if (args.predict or args.export or args.words) and not args.load:
         parser.error("--predict, --export and --words need --load PROMPT")
-    if not 0 <= args.noise <= 1 or args.keep < 0:
+    if args.json and not args.predict:
+        parser.error("--json goes with --predict")
+    if not 0 <= args.noise <= 1 or not 0 <= args.keep < math.inf:
         parser.error("--noise is a share between 0 and 1, --keep a weight of 0 or more")
     args.M = args.M if args.init is None else args.M[:1]                 # the words of --init set M
     for key in ("M", "position", "shots", "seeds"):                      # named twice is still one run
@@ -858,4 +870,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")             # class names in any script, terminals of few
     main()

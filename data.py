@@ -144,7 +144,7 @@ def cut(path, numbers, R):
 
 def crops(jobs, R):
     """For jobs [(path, [n, ...]), ...] yield (path, n, crop n of that picture), in order, decoded ahead by threads."""
-    workers, waiting = os.cpu_count() or 1, collections.deque()
+    workers, waiting = min(16, os.cpu_count() or 1), collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
         for path, numbers in itertools.chain(jobs, [(None, [])] * (workers + 1)):
@@ -201,11 +201,12 @@ class FeatureCache:
         stat = os.stat(path)
         return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
-    def get(self, paths):
-        """For each path {crop number: vector}."""
-        keys = [self.key(path) for path in paths]
+    def get(self, jobs):
+        """For each of jobs [(path, [crop number, ...]), ...] {crop number: vector}, as far as they are known."""
+        keys = [self.key(path) for path, _ in jobs]
         found = {key: {} for key in keys}
-        for key, n, crc, vector in self.sql("SELECT image, n, crc, vector FROM features WHERE image = ?", [(key,) for key in found]):
+        for key, n, crc, vector in self.sql("SELECT image, n, crc, vector FROM features WHERE image = ? AND n BETWEEN ? AND ?", [
+                (key, min(numbers), max(numbers)) for key, (_, numbers) in zip(keys, jobs) if numbers]):
             if isinstance(vector, bytes) and self.checksum(key, n, vector) == crc:
                 found[key][n] = np.frombuffer(vector, np.float32)
         return [found[key] for key in keys]
@@ -260,7 +261,8 @@ def load_dataset(root):
         dataset = read_aircraft(root)
     elif (root / "classnames.txt").is_file():
         dataset = read_imagenet(root)
-    elif (root / "test").is_dir() and {f.name for f in root.iterdir() if f.is_dir()} <= {"train", "val", "test"}:
+    elif (root / "test").is_dir() and ((root / "train").is_dir() or
+                                       {f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."} <= {"val", "test"}):
         parts = [read_folders(root / p) if (root / p).is_dir() else {} for p in ("train", "val", "test")]
         names = list(parts[0] or parts[2])
         for part in parts:
