@@ -15,12 +15,14 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
 import platform
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -1152,6 +1154,132 @@ def test_table_shows_the_papers_numbers_in_rows_of_their_own():
     text = coop.table([{**line, "shots": 4, "seed": s, "accuracy": a} for s, a in ((1, 50.0), (2, 52.0), (3, 57.0))])
     assert re.search(r"CoOp M=16 end +53.00 ± 3.61\nthe paper.* +53.49$", text)
     assert "paper" not in coop.table([{**line, "weights": "0123456789abcdef", "shots": 4, "accuracy": 1.0}])
+
+
+# ---- Nothing lost, nothing let in ---------------------------------------------------------------
+
+def child(arguments, out):
+    """coop.main in a process of its own, forked where that can be done off one that has imported torch already."""
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["coop"])
+    process = context.Process(target=coop.main, args=([*arguments, "--out", str(out)],))
+    process.start()
+    return process
+
+
+def outcome(out):
+    """{file name: V} and {settings: accuracy}; lines that a kill cut short are absent, no setting may come twice."""
+    found, prompts = {}, {path.name: clip_model.read_archive(path)["V"] for path in out.glob("*.pt")}
+    for text in (out / "results.jsonl").read_text().splitlines():
+        try:
+            r = json.loads(text)
+        except ValueError:
+            continue
+        key = r["method"], r["shots"], r["seed"], r["csc"]
+        assert key not in found, f"{key} was run twice"
+        found[key] = r["accuracy"]
+    return prompts, found
+
+
+def test_a_sweep_killed_twenty_times_ends_as_if_undisturbed(world, tmp_path):
+    """SIGKILL at random moments of 20 starts, many of them in the midst of the sweep: the same command goes on, repeats
+    nothing that was finished, and ends with the accuracies of an undisturbed sweep and its V within 1e-5.
+    """
+    sweep = [*world, "--shots", "1", "2", "--seeds", *"12345678", "--csc", "both", "--epochs", "40"]
+    child([*world, "--shots", "0"], tmp_path / "first").join(120)      # torch is imported now
+    start, undisturbed = time.time(), child([*sweep, "--cache", str(tmp_path / "cache")], tmp_path / "whole")
+    undisturbed.join(120)
+    usual, (prompts, accuracies) = time.time() - start, outcome(tmp_path / "whole")
+    assert undisturbed.exitcode == 0 and len(prompts) == 32 and len(accuracies) == 33
+    dice, kills, midway, results = random.Random(0), 0, 0, tmp_path / "killed" / "results.jsonl"
+    while kills < 20:
+        process = child([*sweep, "--cache", str(tmp_path / "cache2")], tmp_path / "killed")
+        process.join(dice.uniform(0, usual / 3))         # no later: the sweep should not be over before the kills are
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
+        midway += results.is_file() and 0 < len(results.read_bytes().splitlines()) < 33
+    (tmp_path / "killed" / "half.pt.7.tmp").write_bytes(b"what a kill in the midst of writing leaves behind")
+    last = child([*sweep, "--cache", str(tmp_path / "cache2")], tmp_path / "killed")
+    last.join(120)
+    assert last.exitcode == 0 and midway >= 8, midway
+    again, same = outcome(tmp_path / "killed")
+    assert same == accuracies and again.keys() == prompts.keys()
+    assert max((again[name] - prompts[name]).abs().max() for name in prompts) < 1e-5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT that could be sent to one process alone")
+def test_ctrl_c_is_one_line_and_exit_code_130(world, tmp_path):
+    """While the model is loaded and in the midst of training; what was finished is kept."""
+    script = "import signal, sys, coop; signal.signal(signal.SIGINT, signal.default_int_handler); print('ready', flush=True); coop.main(sys.argv[1:])"
+    for name, words in (("early", "ready"), ("late", "shot, seed 2")):
+        process = subprocess.Popen([sys.executable, "-c", script, *world, "--shots", "1", "--seeds", *map(str, range(1, 99)), "--epochs", "20",
+                                    "--out", tmp_path / name], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while words not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        said = [line for line in err.splitlines() if line.strip() and not line.startswith(("encoding", "learning"))]
+        assert process.returncode == 130 and len(said) == 1 and "stopped" in said[0], err
+    assert len(lines(tmp_path / "late")) >= 3 and len(list((tmp_path / "late").glob("*.pt"))) >= 2
+
+
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_out_that_cannot_be_written_is_one_line(world, tmp_path, capsys):
+    """--out, --cache and --export below what is a file: exit code 2, the path in the line, and the file as it was."""
+    (tmp_path / "file").write_text("mine")
+    command([*world, "--shots", "1", "--epochs", "1"], tmp_path / "out", capsys)
+    before, below = files_below(tmp_path), tmp_path / "file" / "below"
+    prompt = str(next((tmp_path / "out").glob("*.pt")))
+    for arguments, out in (([*world, "--shots", "1", "--epochs", "1"], below), ([*world, "--shots", "0", "--cache", str(below)], tmp_path / "new"),
+                           (["--load", prompt, "--export", str(below / "x.npz"), "--device", "cpu"], tmp_path / "new")):
+        code, _, err = command(arguments, out, capsys)
+        assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: ") and "file" in err, err
+        assert files_below(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(world, tmp_path, capsys):
+    """A limit on the size of files stands for the disk that is full, at every step that writes: exit code 2, earlier files
+    and lines as they were, nothing half-written under a final name; with room again the same command ends as it should.
+    """
+    resource = pytest.importorskip("resource", reason="only Linux and macOS can limit the size of a process's files")
+    arguments = [*world, "--epochs", "1", "--cache", str(tmp_path / "cache"), "--shots"]
+    command([*arguments, "1", "2"], tmp_path / "whole", capsys)
+    command([*arguments, "1"], tmp_path / "out", capsys)
+    results, soft = tmp_path / "out" / "results.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with results.open("a") as file:                      # longer than a prompt
+        file.write(json.dumps({"method": "x" * 40000, "shots": 1, "seed": 1, "csc": False, "accuracy": 50.0}) + "\n")
+    start, size = files_below(tmp_path / "out"), results.stat().st_size
+    for limit, more in ((6000, []), (size + 100, []), (100, ["--cache", str(tmp_path / "new")]), (14000, ["--cache", str(tmp_path / "newer")])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
+        try:
+            code, _, err = command([*arguments, "1", "2", *more], tmp_path / "out", capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        said = [line for line in err.splitlines() if not line.startswith(("encoding", "learning"))]
+        assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (limit, err)
+        now = files_below(tmp_path / "out")
+        assert all(now[path].startswith(start[path]) for path in start) and not [path for path in now if path.suffix == ".tmp"]
+        outcome(tmp_path / "out")                        # every prompt that is there is whole
+    code, _, _ = command([*arguments, "1", "2"], tmp_path / "out", capsys)
+    assert code == 0 and outcome(tmp_path / "whole")[1].items() < outcome(tmp_path / "out")[1].items()
+
+
+def test_two_processes_share_out_and_cache(world, tmp_path):
+    """Started together with different seeds: both end well, no line is torn or lost, every prompt can be read."""
+    pair = [child([*world, "--shots", "1", "2", "--seeds", *seeds, "--epochs", "4", "--cache", str(tmp_path / "cache")], tmp_path / "out")
+            for seeds in ("1234", "5678")]
+    for process in pair:
+        process.join(120)
+    assert [process.exitcode for process in pair] == [0, 0]
+    runs = [(r["shots"], r["seed"]) for r in lines(tmp_path / "out") if r["method"] == "coop"]
+    assert sorted(runs) == [(shots, seed) for shots in (1, 2) for seed in range(1, 9)]
+    assert len([coop.load_prompt(path) for path in (tmp_path / "out").glob("*.pt")]) == 16
 
 
 # ---- The demo -----------------------------------------------------------------------------------
