@@ -506,8 +506,6 @@ def read_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return Reader(archive).load()
-    except OSError:
-        raise
     except Exception as error:                     # damaged bytes can fail in any way; none is our caller's
         raise ValueError(f"{path} cannot be read as weights (cut short, damaged or of another kind): {error}") from None
 
