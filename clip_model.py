@@ -24,6 +24,7 @@ encode_prompts, Block, the two image encoders, then loading.  Needs torch and no
 import functools
 import hashlib
 import io
+import os
 import pathlib
 import pickle
 import sys
@@ -402,7 +403,7 @@ def load(name_or_path, device="cpu"):
     digest = sha256(path)
     try:
         sd = tensors(read_archive(path))
-    except (ValueError, RecursionError):
+    except ValueError:
         if digest not in (known for _, known in MODELS.values()):
             raise
         sd = torch.jit.load(path, map_location="cpu").state_dict()      # OpenAI's own file: may run its code
@@ -446,7 +447,14 @@ class Inert:
         pass
 
 
-class Reader(pickle.Unpickler):
+class Later:
+    """Stands for a tensor as long as the pickle runs, which could otherwise call the tensor's methods."""
+
+    def __init__(self, args):
+        self.args = args                                                # storage, offset, size, stride, ...
+
+
+class Reader(pickle._Unpickler):                                        # not the one in C: a huge memo index fills its memory
     """Reads what torch.save and torch.jit.save write, and constructs nothing but tensors and dicts.
 
     A pickle is a small program that may call any function it can name; here it can name only what
@@ -459,6 +467,22 @@ class Reader(pickle.Unpickler):
         self.archive, self.root, self.storages = archive, name[:-len("data.pkl")], {}
         super().__init__(io.BytesIO(self.member(name)))
 
+    def load(self):
+        """The object; the tensors in its dicts and modules are made now, and are no larger than the file in all."""
+        todo, seen, room = [super().load()], set(), os.path.getsize(self.archive.filename)
+        for obj in todo:                                                # grows while it is walked
+            members = obj if isinstance(obj, dict) else getattr(obj, "__dict__", {})
+            for name, value in members.items() if id(members) not in seen else ():
+                if isinstance(value, Later):
+                    members[name] = self.tensor(self.storage(value.args[0]), *value.args[1:])
+                    room -= members[name].nbytes
+                    if room < 0:
+                        raise pickle.UnpicklingError("tensors larger than the file")
+                elif isinstance(value, (dict, Inert)):
+                    todo.append(value)
+            seen.add(id(members))
+        return todo[0]
+
     def member(self, name):
         if self.archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError(f"{name} is compressed and might unpack to any size")
@@ -470,16 +494,19 @@ class Reader(pickle.Unpickler):
                     "Long": torch.long, "Int": torch.int, "Short": torch.short, "Char": torch.int8,
                     "Byte": torch.uint8, "Bool": torch.bool}[name[:-len("Storage")]]
         if module == "torch._utils" and name == "_rebuild_tensor_v2":
-            return self.tensor
+            return lambda *args: Later(args)
         if (module, name) == ("torch._utils", "_rebuild_parameter") or module == "torch.jit._pickle":
             return lambda value, *_: value                              # type tags and gradients: not needed
         if (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict"), ("__builtin__", "dict")):
             return lambda *_: OrderedDict()
         if module.split(".")[0] == "__torch__" or module.startswith(("torch.optim.", "dassl.")):
-            return Inert                                                # a TorchScript module; an optimiser
+            return type("Inert", (Inert,), {})                          # fresh, as a pickle may change it: a TorchScript module; an optimiser
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no weight file needs")
 
     def persistent_load(self, pid):
+        return pid
+
+    def storage(self, pid):
         _, dtype, key, _, _ = pid                                       # "storage", type, key, device, size
         if key not in self.storages:
             data = bytearray(self.member(f"{self.root}data/{key}"))
@@ -500,18 +527,18 @@ def read_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return Reader(archive).load()
-    except OSError:
-        raise
     except Exception as error:                     # damaged bytes can fail in any way; none is our caller's
         raise ValueError(f"{path} cannot be read as weights (cut short, damaged or of another kind): {error}") from None
 
 
-def tensors(obj, prefix=""):
-    """{dotted name: tensor} of a state dict, or of a TorchScript module as Inert objects."""
-    found = {}
-    for name, value in (obj if isinstance(obj, dict) else getattr(obj, "__dict__", {})).items():
-        if isinstance(value, torch.Tensor):
-            found[f"{prefix}{name}"] = value
-        elif isinstance(value, Inert):
-            found |= tensors(value, f"{prefix}{name}.")
+def tensors(obj):
+    """{dotted name: tensor} of a state dict, or of a TorchScript module as Inert objects, each looked into once."""
+    found, todo, seen = {}, [("", obj)], set()
+    for prefix, obj in todo:                       # grows while it is walked
+        for name, value in (obj if isinstance(obj, dict) else getattr(obj, "__dict__", {})).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{prefix}{name}"] = value
+            elif isinstance(value, Inert) and id(value) not in seen and len(prefix) < 200:
+                seen.add(id(value))
+                todo.append((f"{prefix}{name}.", value))
     return found

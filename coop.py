@@ -355,10 +355,15 @@ def load_prompt(path):
     if isinstance(prompt, dict) and isinstance(prompt.get("state_dict"), dict):
         prompt = {"V": prompt["state_dict"].get("ctx"), "classnames": None, "settings": {}}
     try:
-        V, g, names = prompt["V"], prompt.get("text_features"), prompt["classnames"]
-        sound = V.dim() in (2, 3) and V.isfinite().all() and isinstance(prompt["settings"], dict) and (
-            g is None or g.isfinite().all() and len(g) == len(names) and all(isinstance(name, str) for name in names))
-    except (KeyError, TypeError, AttributeError):
+        V, names, settings = prompt["V"], prompt["classnames"], prompt["settings"]
+        sound = (V.dim() in (2, 3) and V.numel() and V.isfinite().all() and json.dumps(settings)
+                 and settings.get("position", "end") in ("end", "middle", "front"))
+        if names is not None:                            # ours
+            g, scale = prompt["text_features"], prompt["logit_scale"]
+            sound = (sound and names == [str(name) for name in names] and g.dim() == 2 and len(g) == len(names) and g.isfinite().all()
+                     and V.shape[:-2] in ((), g.shape[:1]) and scale.dim() == 0 and scale.isfinite()
+                     and isinstance(prompt["resolution"], int) and isinstance(prompt["path"], str))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"{path} holds no learned prompt (expected a file written by this program or by the official code)")
@@ -680,7 +685,7 @@ def nearest_words(prompt, clip, tokenizer, count):
 def use(args):
     """What --load asks for: the accuracy on another dataset, words, predictions, an export."""
     prompt = load_prompt(args.load)
-    if (args.predict or args.export) and "text_features" not in prompt:
+    if (args.predict or args.export) and prompt["classnames"] is None:
         raise ValueError(f"{args.load} comes from the official code and tells no class names; it can be tested with --data")
     args.backbone = args.backbone or prompt.get("path")
     if args.backbone is None:
@@ -688,6 +693,9 @@ def use(args):
     dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
     if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
         raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}")
+    if prompt["classnames"] and prompt["text_features"].shape[1] != clip.text_projection.shape[1]:
+        raise ValueError(f"{args.load} holds features of width {prompt['text_features'].shape[1]}, {args.backbone} makes "
+                         f"{clip.text_projection.shape[1]}")
     if prompt["V"].shape[-1] != clip.token_embedding.embedding_dim:
         raise ValueError(f"{args.load} holds vectors of width {prompt['V'].shape[-1]}, {args.backbone} reads {clip.token_embedding.embedding_dim}")
     if dataset:

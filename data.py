@@ -38,6 +38,8 @@ from PIL import Image
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])         # of CLIP's training pixels, by channel
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 TEST = -1                                                        # as crop number: the test crop
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]         # Pillow would have Ghostscript run an EPS file: it is a program
 
 
 @dataclasses.dataclass
@@ -89,9 +91,9 @@ def mislabel(labels, share, K, seed):
 # them by heart. Torchvision's transforms are written out here as this needs Pillow alone.
 
 def read_image(path):
-    """Any picture that Pillow reads, as RGB; its EXIF rotation is left alone, as in the official code."""
+    """Any picture that Pillow reads by itself, as RGB; its EXIF rotation is left alone, as in the official code."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:                     # Pillow raises a dozen kinds for damaged files
         raise ValueError(f"cannot read image {path}: {error}") from None
@@ -296,10 +298,12 @@ def read_split(root, file):
         split = json.loads(file.read_text(encoding="utf-8"))
         parts = [[(root / folder / path, label, classname) for path, label, classname in split[part]]
                  for part in ("train", "val", "test")]
-        names = {label: classname for part in parts for _, label, classname in part}
-        outside = [path for part in split.values() for path, _, _ in part if ".." in path.split("/") or path[:1] == "/"]
-        if set(names) != set(range(len(names))) or outside:
-            raise ValueError(f"path {outside[0]!r} points outside" if outside else "labels are not 0 .. K - 1")
+        pairs = {(type(label), label, classname) for part in parts for _, label, classname in part}
+        names = {label: classname for _, label, classname in pairs}
+        windows = [pathlib.PureWindowsPath(path) for part in split.values() for path, _, _ in part]      # knows both slashes
+        outside = [str(path) for path in windows if path.anchor or ".." in path.parts]
+        if {pair[:2] for pair in pairs} != {(int, label) for label in range(len(pairs))} or outside:
+            raise ValueError(f"path {outside[0]!r} points outside" if outside else "labels are not 0 .. K - 1, with one name each")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
                          '{"train": [[path, label, class name], ...], "val": ..., "test": ...}') from None

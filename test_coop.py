@@ -11,10 +11,13 @@ missed that a check has become empty, a control stands beside it that has to fai
 """
 import ast
 import gzip
+import hashlib
+import http.server
 import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
@@ -23,13 +26,18 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import statistics
+import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -42,7 +50,7 @@ import coop
 import data
 from clip_model import CLIP
 from coop import PromptLearner
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, find_vocabulary
 
 HERE = pathlib.Path(__file__).parent
 NAMES = ["banded", "polka-dotted", "cobwebbed", "a_long name, with 3 digits: 224", "grid"]
@@ -1163,7 +1171,8 @@ def test_two_classes_of_one_name_keep_their_own_contexts(world, tmp_path, capsys
     """Some datasets have such classes: a class-specific prompt on its own data gives each its own context."""
     dataset, clip, names = data.load_dataset(world[1]), clip_model.load(world[3]), ["x", "y", "x"]
     torch.manual_seed(2)
-    torch.save({"V": torch.randn(3, 4, 128), "classnames": names, "settings": {}}, tmp_path / "p.pt")
+    torch.save({"V": torch.randn(3, 4, 128), "classnames": names, "settings": {}, "text_features": torch.eye(3), "logit_scale": torch.tensor(1.0),
+                "resolution": 64, "path": "p"}, tmp_path / "p.pt")
     args = coop.parse([*world, "--load", str(tmp_path / "p.pt"), "--out", str(tmp_path)])
     args.rank, args.world, prompt = 0, 1, coop.load_prompt(tmp_path / "p.pt")
     experiment = coop.Experiment(args, data.Dataset("twins", names, [], [], dataset.test), clip, Tokenizer())
@@ -1324,6 +1333,534 @@ def test_table_shows_the_papers_numbers_in_rows_of_their_own():
     assert "paper" not in coop.table([{**line, "weights": "0123456789abcdef", "shots": 4, "accuracy": 1.0}])
 
 
+# ---- Nothing lost, nothing let in ---------------------------------------------------------------
+
+def child(arguments, out):
+    """coop.main in a process of its own, forked where that can be done off one that has imported torch already."""
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["coop"])
+    process = context.Process(target=coop.main, args=([*arguments, "--out", str(out)],))
+    process.start()
+    return process
+
+
+def outcome(out):
+    """{file name: V} and {settings: accuracy}; lines that a kill cut short are absent, no setting may come twice."""
+    found, prompts = {}, {path.name: clip_model.read_archive(path)["V"] for path in out.glob("*.pt")}
+    for text in (out / "results.jsonl").read_text().splitlines():
+        try:
+            r = json.loads(text)
+        except ValueError:
+            continue
+        key = r["method"], r["shots"], r["seed"], r["csc"]
+        assert key not in found, f"{key} was run twice"
+        found[key] = r["accuracy"]
+    return prompts, found
+
+
+def test_a_sweep_killed_twenty_times_ends_as_if_undisturbed(world, tmp_path):
+    """SIGKILL at random moments of 20 starts, many of them in the midst of the sweep: the same command goes on, repeats
+    nothing that was finished, and ends with the accuracies of an undisturbed sweep and its V within 1e-5.
+    """
+    sweep = [*world, "--shots", "1", "2", "--seeds", *"12345678", "--csc", "both", "--epochs", "40"]
+    durations = []
+    for arguments in ([*world, "--shots", "0"], [*world, "--shots", "0"], [*sweep, "--cache", str(tmp_path / "cache")]):
+        start, process = time.time(), child(arguments, tmp_path / "whole")
+        process.join(120)
+        durations.append(time.time() - start)
+        assert process.exitcode == 0
+    _, loading, usual = durations                        # the first one also imported torch
+    prompts, accuracies = outcome(tmp_path / "whole")
+    assert len(prompts) == 32 and len(accuracies) == 33
+    dice, kills, midway, results = random.Random(0), 0, 0, tmp_path / "killed" / "results.jsonl"
+    while kills < 20:
+        process = child([*sweep, "--cache", str(tmp_path / "cache2")], tmp_path / "killed")
+        working = dice.uniform(0, (usual - loading) / 6)                     # not more: the sweep should not be over before the kills are
+        process.join(dice.choice((dice.uniform(0, loading), loading + working)))
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
+        midway += results.is_file() and 0 < len(results.read_bytes().splitlines()) < 33
+    (tmp_path / "killed" / "half.pt.7.tmp").write_bytes(b"what a kill in the midst of writing leaves behind")
+    last = child([*sweep, "--cache", str(tmp_path / "cache2")], tmp_path / "killed")
+    last.join(120)
+    assert last.exitcode == 0 and midway >= 8, midway
+    again, same = outcome(tmp_path / "killed")
+    assert same == accuracies and again.keys() == prompts.keys()
+    assert max((again[name] - prompts[name]).abs().max() for name in prompts) < 1e-5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT that could be sent to one process alone")
+def test_ctrl_c_is_one_line_and_exit_code_130(world, tmp_path):
+    """While the model is loaded and in the midst of training; what was finished is kept."""
+    script = "import signal, sys, coop; signal.signal(signal.SIGINT, signal.default_int_handler); print('ready', flush=True); coop.main(sys.argv[1:])"
+    for name, words in (("early", "ready"), ("late", "shot, seed 2")):
+        process = subprocess.Popen([sys.executable, "-c", script, *world, "--shots", "1", "--seeds", *map(str, range(1, 99)), "--epochs", "20",
+                                    "--out", tmp_path / name], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while words not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        said = [line for line in err.splitlines() if line.strip() and not line.startswith(("encoding", "learning"))]
+        assert process.returncode == 130 and len(said) == 1 and "stopped" in said[0], err
+    assert len(lines(tmp_path / "late")) >= 3 and len(list((tmp_path / "late").glob("*.pt"))) >= 2
+
+
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_out_that_cannot_be_written_is_one_line(world, tmp_path, capsys):
+    """--out, --cache and --export below what is a file: exit code 2, the path in the line, and the file as it was."""
+    (tmp_path / "file").write_text("mine")
+    command([*world, "--shots", "1", "--epochs", "1"], tmp_path / "out", capsys)
+    before, below = files_below(tmp_path), tmp_path / "file" / "below"
+    prompt = str(next((tmp_path / "out").glob("*.pt")))
+    for arguments, out in (([*world, "--shots", "1", "--epochs", "1"], below), ([*world, "--shots", "0", "--cache", str(below)], tmp_path / "new"),
+                           (["--load", prompt, "--export", str(below / "x.npz"), "--device", "cpu"], tmp_path / "new")):
+        code, _, err = command(arguments, out, capsys)
+        assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: ") and "file" in err, err
+        assert files_below(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(world, tmp_path, capsys):
+    """A limit on the size of files stands for the disk that is full, at every step that writes: exit code 2, earlier files
+    and lines as they were, nothing half-written under a final name; with room again the same command ends as it should.
+    """
+    resource = pytest.importorskip("resource", reason="only Linux and macOS can limit the size of a process's files")
+    arguments = [*world, "--epochs", "1", "--cache", str(tmp_path / "cache"), "--shots"]
+    command([*arguments, "1", "2"], tmp_path / "whole", capsys)
+    command([*arguments, "1"], tmp_path / "out", capsys)
+    results, soft = tmp_path / "out" / "results.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with results.open("a") as file:                      # longer than a prompt
+        file.write(json.dumps({"method": "x" * 40000, "shots": 1, "seed": 1, "csc": False, "accuracy": 50.0}) + "\n")
+    start, size = files_below(tmp_path / "out"), results.stat().st_size
+    for limit, more in ((6000, []), (size + 100, []), (100, ["--cache", str(tmp_path / "new")]), (14000, ["--cache", str(tmp_path / "newer")])):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, soft[1]))
+        try:
+            code, _, err = command([*arguments, "1", "2", *more], tmp_path / "out", capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        said = [line for line in err.splitlines() if not line.startswith(("encoding", "learning"))]
+        assert code == 2 and len(said) == 1 and said[0].startswith("error: "), (limit, err)
+        now = files_below(tmp_path / "out")
+        assert all(now[path].startswith(start[path]) for path in start) and not [path for path in now if path.suffix == ".tmp"]
+        outcome(tmp_path / "out")                        # every prompt that is there is whole
+    code, _, _ = command([*arguments, "1", "2"], tmp_path / "out", capsys)
+    assert code == 0 and outcome(tmp_path / "whole")[1].items() < outcome(tmp_path / "out")[1].items()
+
+
+def test_two_processes_share_out_and_cache(world, tmp_path):
+    """Started together with different seeds: both end well, no line is torn or lost, every prompt can be read."""
+    pair = [child([*world, "--shots", "1", "2", "--seeds", *seeds, "--epochs", "4", "--cache", str(tmp_path / "cache")], tmp_path / "out")
+            for seeds in ("1234", "5678")]
+    for process in pair:
+        process.join(120)
+    assert [process.exitcode for process in pair] == [0, 0]
+    runs = [(r["shots"], r["seed"]) for r in lines(tmp_path / "out") if r["method"] == "coop"]
+    assert sorted(runs) == [(shots, seed) for shots in (1, 2) for seed in range(1, 9)]
+    assert len([coop.load_prompt(path) for path in (tmp_path / "out").glob("*.pt")]) == 16
+
+
+def spoilt(whole, dice, count):
+    """Damaged copies of a file's bytes: cut short, bits flipped anywhere or near an end, emptied, of another kind."""
+    others = [b"", b"hello\n", pickle.dumps({"V": 1}), b"PK\5\6" + bytes(18), gzip.compress(b"{}"), b"\x89PNG\r\n\x1a\n", b"[[]]",
+              b"SQLite format 3\0"]
+    for _ in range((count - len(others)) // 2):
+        flipped = bytearray(whole)
+        for _ in range(dice.choice((1, 1, 3, 50))):
+            place = dice.randrange(len(whole)) if dice.random() < 0.5 else dice.choice((1, -1)) * dice.randrange(min(300, len(whole)))
+            flipped[place] ^= 1 << dice.randrange(8)
+        others += [bytes(flipped), whole[:dice.randrange(len(whole))]]
+    return others
+
+
+def test_random_damage(world, archive, tmp_path, capsys):
+    """800 damaged files of eight kinds: each is read as what it was before, or refused in one line with its path; a damaged
+    cache gives only what is sound in it.
+    """
+    dice, root, refused, left = random.Random(0), tmp_path / "pets", {}, []
+    write_split(root, "split_zhou_OxfordPets.json", "images", ["cat", "dog"])
+    image, split = root / "images" / "cat" / "cat_0.png", root / "split_zhou_OxfordPets.json"
+    Image.open(image).save(jpeg := root / "images" / "cat" / "x.jpg")
+    command([*world, "--shots", "1", "--epochs", "1"], tmp_path / "out", capsys)
+    torch.save(clip_model.load(archive).state_dict(), tmp_path / "sd.pt")
+    cache, features = data.FeatureCache(tmp_path / "cache.sqlite"), np.random.rand(60, 32).astype(np.float32)
+    cache.put([image] * 60, range(60), features)
+    cache.flush()
+
+    def weights(file):
+        return {k: v.numpy().tobytes() for k, v in clip_model.load(file).state_dict().items()}
+
+    def prompt(file):
+        return {k: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for k, v in coop.load_prompt(file).items()}
+
+    def cached(file):
+        cache = data.FeatureCache(file)
+        found = [np.array_equal(vector, features[n]) for n, vector in cache.get([(image, range(60))])[0].items()]
+        left.append(len(found))
+        cache.put([jpeg], [0], features[:1])
+        cache.flush()
+        return all(found) and all(np.array_equal(vector, features[0]) for vector in cache.get([(jpeg, [0])])[0].values())
+
+    def all_inside(_):
+        dataset = data.load_dataset(root)
+        return all(path.is_file() and root in path.parents for part in (dataset.train, dataset.val, dataset.test) for path, _ in part)
+
+    def shape(file):
+        return [pixels.shape for _, _, pixels in data.crops([(file, [0, data.TEST])], 32)]
+
+    for file, read in ((tmp_path / "cache.sqlite", cached), (archive, weights), (tmp_path / "sd.pt", weights),
+                       (next((tmp_path / "out").glob("*.pt")), prompt), (image, shape), (jpeg, shape),
+                       (find_vocabulary(), lambda file: Tokenizer.openai(file).rank), (split, all_inside)):
+        whole, before = file.read_bytes(), read(file)
+        target = file if root in file.parents else tmp_path / f"damaged-{file.name}"
+        for content in (contents := spoilt(whole, dice, 100)):
+            target.write_bytes(content)
+            try:
+                assert read(target) == before, file
+            except (ValueError, OSError) as error:
+                assert str(tmp_path) in str(error) and "\n" not in str(error), error
+                refused.setdefault(file.name, []).append(content)
+        assert len(contents) == 100
+        target.write_bytes(whole)
+    refused.pop("cache.sqlite", None)
+    assert max(left) == 60 and any(0 < n < 60 for n in left), "most of the caches should have been read, some of them in part"
+    assert len(refused) == 7 and all(len(found) > 50 for found in refused.values()), {name: len(found) for name, found in refused.items()}
+
+    capsys.readouterr()
+
+    def with_file(option, name):                         # the same through the command line: one of each
+        (tmp_path / name).write_bytes(refused[name][-1])
+        return [*(world if option != "--load" else world[2:]), option, str(tmp_path / name)]
+
+    split.write_bytes(refused[split.name][-1])
+    for arguments in (with_file("--backbone", "traced.pt"), with_file("--backbone", "sd.pt"), [*world, "--data", str(root)],
+                      [*with_file("--load", "data-traced-1shot-seed1-epochs=1.pt"), "--export", str(tmp_path / "x.npz")]):
+        code, _, err = command([*arguments, "--shots", "0"], tmp_path / "new", capsys)
+        assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "new").exists() and not (tmp_path / "x.npz").exists()
+
+
+def test_a_damaged_cache_changes_no_result(world, tmp_path, capsys):
+    """Ten caches, each cut short or with bits flipped at random: the same accuracy and the same V as with a sound one."""
+    run, dice = [*world, "--shots", "1", "--epochs", "2", "--cache", str(tmp_path / "cache"), "--again"], random.Random(0)
+    command(run, tmp_path / "out", capsys)
+    prompts, found = outcome(tmp_path / "out")
+    file, = (tmp_path / "cache").rglob("*.sqlite")
+    whole = file.read_bytes()
+    for i, content in enumerate(spoilt(whole, dice, 10 + 8)[8:]):
+        file.write_bytes(content)
+        code, _, err = command(run, tmp_path / str(i), capsys)
+        assert code == 0, err
+        again, same = outcome(tmp_path / str(i))
+        assert same == found and all((again[name] - prompts[name]).abs().max() < 1e-5 for name in prompts)
+
+
+# A pickle by hand: text, a global function, and the tensor in the zip's member data/0 (storage: its bytes).
+
+def text(string):
+    return b"X" + struct.pack("<I", len(string.encode())) + string.encode()
+
+
+STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\1tQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0K\1\x85K\1\x85\x89NtR"
+MODULE = b"c__torch__.a\nB\n)\x81"
+
+
+def weight_file(path, content, storage=bytes(4), compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/data/0", storage)
+
+
+READ_ALL = """
+import pathlib, sys, clip_model, coop
+
+def most():                                                      # MB in use at most, where Linux tells it
+    status = pathlib.Path("/proc/self/status")
+    return [int(line.split()[1]) // 1024 for line in status.read_text().splitlines() if "VmHWM" in line][0] if status.exists() else 0
+
+before = most()
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    for read in (clip_model.load, coop.load_prompt):
+        try:
+            print(path.name, "was read:", read(path))
+        except (ValueError, OSError) as error:
+            assert "\\n" not in str(error) and str(path) in str(error), error
+clip_model.load(sys.argv[2])                                     # a sound file is read as ever
+print(most() - before)
+"""
+
+
+def test_hostile_weight_files(archive, tmp_path):
+    """Pickles that would run code by every opcode that can, call methods of a tensor, contain themselves, nest without end or
+    unpack to terabytes: a line, no code run, within a minute in all and 400 MB. The control runs the code.
+    """
+    canary, folder = tmp_path / "canary", tmp_path / "files"
+    folder.mkdir()
+    line, shell = text(f"open({str(canary)!r}, 'w').close()"), text(f'echo pwned > "{canary}"')
+    runs = {
+        "reduce": b"\x80\x02cbuiltins\neval\n" + line + b"\x85R.", "python 2": b"\x80\x02c__builtin__\neval\n" + line + b"\x85R.",
+        "stack global": b"\x80\x04" + text("builtins") + text("exec") + b"\x93" + line + b"\x85R.", "inst": b"(" + line + b"ibuiltins\neval\n.",
+        "obj": b"(cbuiltins\neval\n" + line + b"o.", "system": b"\x80\x02cos\nsystem\n" + shell + b"\x85R.",
+        "dotted": b"\x80\x04" + text("clip_model") + text("os.system") + b"\x93" + shell + b"\x85R.",
+        "build": b"\x80\x02cargparse\nNamespace\n)\x81}" + text("__setstate__") + b"cbuiltins\neval\nsb" + line + b"b.",
+        "popped": b"\x80\x02cbuiltins\neval\n" + line + b"\x85R0}" + text("V") + b"K\1s."}
+    for content in runs.values():
+        pickle.loads(content)
+        assert canary.exists(), content
+        canary.unlink()
+    several = {
+        "getattr": b"\x80\x02cbuiltins\ngetattr\n" + MODULE + text("__class__") + b"\x86R.", "load": b"\x80\x02ctorch\nload\n" + line + b"\x85R.",
+        "storage": b"\x80\x02ctorch\nUntypedStorage\nI1000000000000\n\x85R.", "extension": b"\x80\x02\x82\x01.", "no tensor": b"\x80\x02K\1Q.",
+        "module": b"\x80\x02" + MODULE + b"}" + text("__setstate__") + b"c__torch__.os\nsystem\nsb" + line + b"b.",
+        "setattr of class": b"\x80\x02c__torch__.a\nB\nN}" + text("__setstate__") + b"K\1s\x86b.",
+        "view by setstate": b"\x80\x02}" + text("V") + TENSOR + b"(" + STORAGE + b"K\0I1000000000\n\x85K\0\x85tbs.",
+        "huge by setstate": b"\x80\x02}" + text("V") + TENSOR + b"(" + STORAGE + b"K\0I1000000000000\n\x85K\0\x85tbs.",
+        "add": b"\x80\x04}" + text("V") + TENSOR + b"(" + TENSOR + b"\x90s.", "setitem": b"\x80\x02}" + text("V") + TENSOR + b"K\0" + TENSOR + b"ss.",
+        "stride 0": b"\x80\x02}" + text("V") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0I1000000000000\n\x85K\0\x85\x89NtRs.",
+        "memo": b"\x80\x02}r\xff\xff\xff\x07K\1.", "long memo": b"}p99999999999\n.", "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 36) + b".",
+        "circle": b"\x80\x02" + MODULE + b"q\0}" + text("a") + b"h\0sb.", "dict circle": b"\x80\x02}q\0" + text("state_dict") + b"h\0s.",
+        "lists": b"\x80\x02" + b"]" * 100000 + b"a" * 99999 + b".", "tuples": b"\x80\x02" + b")" + b"\x85" * 100000 + b".",
+        "chain": b"\x80\x02K\1" + (b"q\0" + MODULE + b"}" + text("a") + b"h\0sb") * 50000 + b".",
+        "doubling": b"\x80\x02K\1" + (b"q\0" + MODULE + b"}(" + text("a") + b"h\0" + text("b") + b"h\0ub") * 60 + b".",
+        "endless stack": b"(" * 1000000 + b".", "empty": b"", "only stop": b".", "int": b"\x80\x02K\1.", "none": b"N."}
+    for name, content in (runs | several).items():
+        weight_file(folder / name, content)
+    parameter = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0" + b"J" + struct.pack("<i", 1 << 18) + b"\x85K\1\x85\x89NtR"
+    # 2 GB of one
+    weight_file(folder / "aliases", b"\x80\x02}(" + b"".join(text(f"w{i}") + parameter for i in range(2000)) + b"u.", bytes(1 << 20))
+    weight_file(folder / "bomb", b"\x80\x02}" + text("V") + TENSOR + b"s.", bytes(1 << 28), zipfile.ZIP_DEFLATED)
+    for name, size in (("claims", 1 << 20), ("claims more", 0xFFFFFFF0)):
+        weight_file(folder / name, b"\x80\x02}" + text("V") + TENSOR + b"s.", bytes(1000))
+        content = (folder / name).read_bytes().replace(struct.pack("<II", 1000, 1000), struct.pack("<II", size, size))
+        (folder / name).write_bytes(content)
+    out = subprocess.run([sys.executable, "-c", READ_ALL, folder, archive], cwd=HERE, capture_output=True, text=True, timeout=60, check=False)
+    assert out.returncode == 0 and len(out.stdout.splitlines()) == 1, out.stdout + out.stderr[-2000:]
+    assert not canary.exists() and int(out.stdout) < 400, out.stdout
+
+
+def test_hostile_prompts(world, tmp_path, capsys):
+    """A prompt in which one thing is not as it should be: one line and exit code 2, unless what it is loaded for can do without."""
+    command([*world, "--shots", "1", "--epochs", "1", "--csc", "both"], tmp_path / "out", capsys)
+    nan, picture = torch.tensor(float("nan")), next(pathlib.Path(world[1]).rglob("*.png"))
+    for csc in ("", "-csc"):
+        good = torch.load(tmp_path / "out" / f"data-traced-1shot-seed1{csc}-epochs=1.pt")
+        V, g, settings = good["V"], good["text_features"], good["settings"]
+        for change in ({"V": V[0, 0]}, {"V": V[None, None]}, {"V": V.double().tolist()}, {"V": V * nan}, {"V": V[..., :5]}, {"V": V[..., :0, :]},
+                       {"V": None},
+                       {"V": torch.zeros(1).expand(10 ** 6, 10 ** 6)}, {"V": torch.zeros(2, 16, 128)}, {"V": "abc"}, {"V": V * float("inf")},
+                       {"text_features": g[:2]}, {"text_features": g[0]}, {"text_features": g * nan}, {"text_features": g[:, :5]},
+                       {"text_features": 1},
+                       {"classnames": None}, {"classnames": [1, 2, 3]}, {"classnames": ["a"]}, {"classnames": "abc"}, {"classnames": good},
+                       {"logit_scale": None}, {"logit_scale": nan}, {"logit_scale": torch.zeros(3)}, {"logit_scale": 1}, {"resolution": "64"},
+                       {"resolution": None},
+                       {"settings": None}, {"settings": []}, {"settings": {**settings, "position": "sideways"}},
+                       {"settings": {**settings, "position": []}},
+                       {"settings": {**settings, "weights": 1}}, {"settings": {**settings, "shots": V}}, {"path": 5}, {"path": ["RN50"]}):
+            torch.save({**good, **change}, tmp_path / "bad.pt")
+            codes = []
+            for use in (["--export", str(tmp_path / "x.npz")], ["--data", world[1]], ["--predict", str(picture)]):
+                code, _, err = command(["--load", str(tmp_path / "bad.pt"), *use, "--device", "cpu", "--cache", world[-1]], tmp_path / "new", capsys)
+                assert code == 0 or code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, (csc, change, use, err)
+                codes.append(code)
+            assert 2 in codes, (csc, change)             # some uses need not look at everything
+        for missing in good.keys() - {"path"}:
+            torch.save({key: value for key, value in good.items() if key != missing}, tmp_path / "bad.pt")
+            code, _, err = command(["--load", str(tmp_path / "bad.pt"), "--export", str(tmp_path / "x.npz"), "--device", "cpu"], tmp_path / "new",
+                                   capsys)
+            assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, (missing, err)
+    for other in ([good], V, 5, {"state_dict": {"ctx": [1]}}, {"state_dict": {"ctx": V[0, 0]}}):
+        torch.save(other, tmp_path / "bad.pt")
+        code, _, err = command(["--load", str(tmp_path / "bad.pt"), *world], tmp_path / "new", capsys)
+        assert code == 2 and "holds no learned prompt" in err, (other, err)
+
+
+def test_hostile_split_files(world, tmp_path, capsys):
+    """Labels that are no numbers 0 .. K - 1, names that are no text or differ, paths that lead elsewhere: one line; two classes
+    of one name are two classes.
+    """
+    write_split(tmp_path, "split_zhou_OxfordPets.json", "images", ["cat", "dog"])
+    file = tmp_path / "split_zhou_OxfordPets.json"
+    good, outside = json.loads(file.read_text()), pictures(tmp_path.parent / f"{tmp_path.name}-outside", ["x"], 1) / "x" / "x_0.png"
+    path, label, name = good["train"][0]
+
+    def refused():
+        code, _, err = command([*world, "--data", str(tmp_path), "--shots", "0"], tmp_path / "out", capsys)
+        assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, (file.read_text()[:200], err)
+
+    for entry in ([path, -1, name], [path, 3, name], [path, 10 ** 30, name], [path, 0.0, name], [path, "0", name], [path, False, name],
+                  [path, None, name],
+                  [path, [0], name], [path, float("nan"), name], [path, 0, ""], [path, 0, " "], [path, 0, "ca\nt"], [path, 0, "\x1b[2Jcat"],
+                  [path, 0, "\ud800"],
+                  [path, 0, None], [path, 0, 5], [path, 0, ["cat"]], [path, 0, "dog"], [path, 0], [path], [], None, path, {}, [5, 0, name],
+                  [None, 0, name],
+                  [str(outside), 0, name], [f"../../{outside.parent.parent.name}/x/x_0.png", 0, name],
+                  [f"..\\..\\{outside.parent.parent.name}\\x\\x_0.png", 0, name],
+                  [f"cat/../{path}", 0, name], ["C:\\x.png", 0, name], ["C:x.png", 0, name], ["\\\\server\\x.png", 0, name], ["", 0, name],
+                  ["cat", 0, name],
+                  ["cat/\0.png", 0, name], ["nowhere.png", 0, name]):
+        file.write_text(json.dumps({**good, "train": [entry, *good["train"][1:]]}))
+        refused()
+    for number, word in ((lambda n: -1, str), (lambda n: 0, str), (bool, str), (float, str), (str, str), (int, lambda name: ""),
+                         (int, lambda name: [name])):
+        spoilt_parts = {part: [[p, number(lab), word(n)] for p, lab, n in good[part]] for part in good}
+        file.write_text(json.dumps(spoilt_parts))        # the same throughout, so that nothing contradicts itself
+        refused()
+    for content in ("", "[]", "{}", "null", "[" * 100000, json.dumps({**good, "val": None}), json.dumps({**good, "test": []}),
+                    json.dumps({"train": good["train"]})):
+        file.write_text(content)
+        refused()
+    file.write_text(json.dumps({part: [[p, lab, "pet"] for p, lab, _ in good[part]] for part in good}))
+    code, _, err = command([*world, "--data", str(tmp_path), "--shots", "1", "--epochs", "1", "--csc", "both"], tmp_path / "out", capsys)
+    assert code == 0 and "oxford_pets" in lines(tmp_path / "out")[0]["dataset"], err
+
+
+def test_strange_pictures(world, tmp_path, capsys, monkeypatch):
+    """One pixel, a hair, 16 bits, transparency, CMYK, an animation: worked with. Bombs, programs and text called pictures:
+    one line that names the file, and no program is started.
+    """
+    command([*world, "--shots", "1", "--epochs", "1"], tmp_path / "out", capsys)
+    prompt, good, dice = str(next((tmp_path / "out").glob("*.pt"))), tmp_path / "good", np.random.default_rng(0)
+    good.mkdir()
+    noise = Image.fromarray(dice.integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    Image.new("RGB", (1, 1)).save(good / "pixel.png")
+    Image.new("RGB", (20000, 1)).save(good / "wide.png")
+    Image.new("L", (1, 20000)).save(good / "high.jpg")
+    Image.fromarray(dice.integers(0, 65536, (40, 40), dtype=np.uint16)).save(good / "deep.png")
+    noise.quantize(16).save(good / "palette.png", transparency=3)
+    noise.convert("CMYK").save(good / "print.jpg")
+    noise.save(good / "film.gif", save_all=True, append_images=[Image.new("RGB", (60, 50))])
+    noise.convert("RGBA").save(good / "capital.PNG")
+    code, printed, err = command(["--load", prompt, "--predict", str(good), "--json", "--device", "cpu"], tmp_path / "new", capsys)
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert code == 0 and len(found) == 8 and all(0 <= chance <= 1 for r in found for _, chance in r["classes"]), err
+    split = tmp_path / "data"
+    for part in ("train", "test"):                       # and in training
+        for name in ("a", "b"):
+            shutil.copytree(good, split / part / name)
+    code, _, err = command([*world, "--data", str(split), "--shots", "8", "--epochs", "2"], tmp_path / "new", capsys)
+    assert code == 0, err
+
+    def png(width, height):
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+        return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind,
+                                               body in chunks)
+
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"                # Pillow would start it for a file in PostScript
+    ghostscript.write_text(f"#!/bin/sh\necho pwned > '{tmp_path / 'canary'}'\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    for name, content in (("bomb.png", png(100000, 100000)), ("large.png", png(9500, 9500)), ("nothing.png", png(0, 0)), ("text.jpg", b"hello"),
+                          ("empty.png", b""),
+                          ("program.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
+                          ("page.png", b"<html></html>"),
+                          ("program.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")):
+        (tmp_path / name).write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code, _, err = command(["--load", prompt, "--predict", str(tmp_path / name), "--device", "cpu"], tmp_path / "new", capsys)
+        assert code == 2 and len(err.splitlines()) == 1 and err.startswith("error: cannot read image") and name in err, (name, err)
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine; server.pages is {path: what it does}, server.url its address. It may also cut off half-way."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            what = self.server.pages.get(self.path, b"<html>Please log in</html>")
+            if isinstance(what, str):
+                self.send_response(302)
+                self.send_header("Location", what)
+                return self.end_headers()
+            content, sent = what if isinstance(what, tuple) else (what, len(what))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:sent])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        found.pages, found.url = {}, f"http://127.0.0.1:{found.server_port}"
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+def failures(server, page, content):
+    """Every way in which a download fails; the server's address during each."""
+    for what in ((content, len(content) // 2), content[:-1] + b"x", "/login", b"", (content, 0)):
+        server.pages[page] = what
+        yield server.url
+    yield "http://127.0.0.1:9"                           # no server at all
+    server.pages[page] = content
+
+
+def test_downloads_are_whole_or_absent(world, archive, server, tmp_path, capsys, monkeypatch):
+    """Cut off half-way, wrong bytes, sent on to a login page, nothing, no server: one line, no file left; then it works."""
+    import tokenizer
+    vocabulary, weights, cached = find_vocabulary().read_bytes(), archive.read_bytes(), tmp_path / ".cache" / "clip"
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(clip_model.MODELS, "RN50", ("RN50.pt", hashlib.sha256(weights).hexdigest()))
+    for address in failures(server, "/vocabulary", vocabulary):
+        monkeypatch.setattr(tokenizer, "URL", f"{address}/vocabulary")
+        with pytest.raises(OSError, match="cannot be downloaded") as caught:
+            Tokenizer.openai()
+        assert "\n" not in str(caught.value) and not list(cached.iterdir()), list(cached.iterdir())
+    for address in failures(server, f"/{hashlib.sha256(weights).hexdigest()}/RN50.pt", weights):
+        monkeypatch.setattr(clip_model, "URL", f"{address}/{{sha256}}/{{file}}")
+        code, _, err = command([*world, "--backbone", "RN50", "--shots", "0"], tmp_path / "out", capsys)
+        said = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(said) == 1 and "cannot download RN50" in said[0] and "Traceback" not in err and not list(cached.iterdir()), err
+    monkeypatch.setattr(tokenizer, "URL", f"{server.url}/vocabulary")
+    monkeypatch.setattr(clip_model, "URL", f"{server.url}/{{sha256}}/{{file}}")
+    (cached / "RN50.pt").write_bytes(weights[:-1])       # a damaged file is fetched again
+    assert Tokenizer.openai().vocab_size == 49408
+    assert command([*world, "--backbone", "RN50", "--shots", "0"], tmp_path / "out", capsys)[0] == 0
+    assert {path.name: path.read_bytes() for path in cached.iterdir()} == {"RN50.pt": weights, tokenizer.VOCABULARY: vocabulary}
+
+
+def test_dtd_is_downloaded_whole_or_not_at_all(world, server, tmp_path, capsys, monkeypatch):
+    """The same for the archive of DTD; without the paper's split its own one serves, until the split can be had."""
+    names, packed = ["banded", "grid"], io.BytesIO()
+    pictures(tmp_path / "source" / "dtd" / "images", names, 6)
+    images = {name: [f"{name}/{name[:3]}_{i}.png" for i in range(6)] for name in names}
+    (tmp_path / "source" / "dtd" / "labels").mkdir()
+    for i, part in enumerate(("train", "val", "test")):
+        (tmp_path / "source" / "dtd" / "labels" / f"{part}1.txt").write_text("".join(f"{images[name][i]}\n" for name in names))
+    split = json.dumps({part: [[path, label, name] for label, name in enumerate(names) for path in images[name][i::3]]
+                        for i, part in enumerate(("train", "val", "test"))}).encode()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(tmp_path / "source" / "dtd", "dtd")
+    packed, folder = packed.getvalue(), tmp_path / "new"
+    monkeypatch.setenv("no_proxy", "*")
+    run = [*world, "--data", str(folder / "dtd"), "--shots", "0"]
+    for address in failures(server, "/dtd.tar.gz", packed):
+        monkeypatch.setattr(data, "DTD", (f"{address}/dtd.tar.gz", hashlib.sha256(packed).hexdigest()))
+        code, _, err = command(run, tmp_path / "out", capsys)
+        said = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(said) == 1 and "cannot download" in said[0] and "Traceback" not in err and not list(folder.iterdir()), err
+    monkeypatch.setattr(data, "DTD", (f"{server.url}/dtd.tar.gz", hashlib.sha256(packed).hexdigest()))
+    for address in failures(server, "/split.json", split):
+        monkeypatch.setattr(data, "DTD_SPLIT", (f"{address}/split.json", hashlib.sha256(split).hexdigest()))
+        code, _, err = command(run, tmp_path / "out", capsys)
+        assert code == 0 and "does not compare" in err and "note: cannot download" in err and "Traceback" not in err, err
+        assert not list((folder / "dtd").glob("*.json*"))
+    monkeypatch.setattr(data, "DTD_SPLIT", (f"{server.url}/split.json", hashlib.sha256(split).hexdigest()))
+    code, _, err = command(run, tmp_path / "out", capsys)
+    assert code == 0 and "does not compare" not in err and lines(tmp_path / "out")[-1]["n_test"] == 4
+    assert {path.name for path in folder.iterdir()} == {"dtd", "dtd-r1.0.1.tar.gz"}
+
+
 # ---- The demo -----------------------------------------------------------------------------------
 
 def test_demo_shows_what_few_shots_are_good_for(tmp_path):
@@ -1452,7 +1989,7 @@ def benchmark_memory():
     """The peak of a training step above the loaded model, in a process of its own (on Linux, which tells it)."""
     script = """
 import sys, torch, clip_model, coop, test_coop
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, find_vocabulary
 torch.manual_seed(0)
 clip = clip_model.prepare(clip_model.CLIP(1024, clip_model.ModifiedResNet(224, [3, 4, 6, 3], 64, 1024), 512, 12).requires_grad_(False).eval())
 names = [" ".join(test_coop.DTD[i // n % 47] for n in (1, 47, 2209, 103823)[:2 + i % 3]) for i in range(int(sys.argv[1]))]
