@@ -1964,10 +1964,10 @@ def benchmark_steps(backbone, variants):
         name = f"{backbone}, 47 classes, M=16, {'class-specific' if csc else 'unified'}, {position}"
         first = (position, csc) == ("end", False)
         compare(f"text step: {name}", lambda: text_step(clip, learner.V, packed, lambda: ready, labels),
-                lambda: text_step(theirs, learner.V, plain, lambda: ready, labels), target="16x" if first else None)
+                lambda: text_step(theirs, learner.V, plain, lambda: ready, labels), 9 if first else 5, target="16x" if first else None)
         if first:
             whole = compare(f"whole step: {name}", lambda: text_step(clip, learner.V, packed, lambda: ready, labels),
-                            lambda: text_step(theirs, learner.V, plain, picture, labels), target="25x")
+                            lambda: text_step(theirs, learner.V, plain, picture, labels), n=9, target="25x")
     return theirs, clip, *whole, plain
 
 
@@ -2013,7 +2013,7 @@ def benchmark_images(names=SHAPES):
     for name in names:
         theirs, clip = benchmark_model(name)
         low = clip_model.prepare(ours(theirs), torch.bfloat16)
-        N = 32 if name in ("RN50", "ViT-B/32", "ViT-B/16") else 8 if clip.resolution < 400 else 4
+        N = 32 if name in ("RN50", "ViT-B/32", "ViT-B/16") else 8 if name in ("RN101", "RN50x4", "RN50x16") else 4
         size = 256 if DEVICE == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32      # as image_features
         x = torch.randn(N, 3, clip.resolution, clip.resolution, device=DEVICE)
         mine = x.contiguous(memory_format=torch.channels_last)
