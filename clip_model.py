@@ -23,6 +23,7 @@ encode_prompts, Block, the two image encoders, then loading.  Needs torch and no
 """
 import functools
 import hashlib
+import http.client
 import io
 import os
 import pathlib
@@ -70,8 +71,8 @@ def pretrain(clip, images, ids, steps, batch=64, lr=2e-3, progress=lambda step, 
 class CLIP(nn.Module):
     """The two encoders and the scale of their cosine."""
 
-    GROUP = 512        # encode_prompts: tokens in one packed sequence (its mask is quadratic in this)
-    KEEP = 2048        # encode_prompts: above this many tokens recompute activations in the backward pass
+    GROUP = 512                 # encode_prompts: tokens in one packed sequence (its mask is quadratic in this)
+    RECOMPUTE_ABOVE = 2048      # encode_prompts: with more tokens activations are computed again in the backward pass
 
     def __init__(self, e, visual, width, layers, context_length=77, vocab_size=49408):
         super().__init__()
@@ -128,9 +129,9 @@ class CLIP(nn.Module):
         own, so it gets the same result.  The trunk, which being causal never sees a class name,
         is computed once instead of K times; padding and the columns right of eot not at all.
 
-        Many prompts are packed in groups of about GROUP tokens.  Past KEEP tokens in all, a
-        group's activations are not stored but computed again in the backward pass: the memory
-        of a training step is then that of one group, however large K is.
+        Many prompts are packed in groups of about GROUP tokens.  Past RECOMPUTE_ABOVE tokens in
+        all, a group's activations are not stored but computed again in the backward pass: those in
+        memory are then of one group, however large K is (own and the result still grow with K).
         """
         lengths = torch.as_tensor(lengths, device="cpu")
         if len(shared) + int(lengths.max()) > self.context_length:
@@ -140,7 +141,7 @@ class CLIP(nn.Module):
             start = int(ends[first] - lengths[first])
             counts.append(max(1, int(torch.searchsorted(ends, start + self.GROUP, right=True)) - first))
         encode = self._encode_group
-        if torch.is_grad_enabled() and len(own) > self.KEEP:
+        if torch.is_grad_enabled() and len(own) > self.RECOMPUTE_ABOVE:
             encode = functools.partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
         groups = lengths.split(counts)
         return torch.cat([encode(shared, part, group) for part, group in zip(own.split([int(group.sum()) for group in groups]), groups)])
@@ -215,7 +216,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(d, d)
 
     def forward(self, x, mask=None, rows=None):
-        """x (B, L, d) -> (B, rows, d): what the tokens at `rows` gather from all that they may see."""
+        """x (B, L, d) -> (B, L, d), or (B, len(rows), d): what the tokens, or those at the indices rows,
+        gather from all that they may see.
+        """
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                   # (B, L, 3 d) -> each (B, heads, L, d / heads)
         q = q if rows is None else q[:, :, rows]
@@ -246,7 +249,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(Block(d, heads) for _ in range(layers))
 
     def forward(self, x, mask=None, rows=None):
-        """(B, L, d) -> (B, rows, d).  Below the last layer every token is needed, as others look at
+        """(B, L, d) -> (B, L, d), or (B, len(rows), d).  Below the last layer every token is needed, as others look at
         it; in the last one only the rows that somebody reads.  mask (L, L) is added to the scores.
         """
         for block in self.resblocks[:-1]:
@@ -281,7 +284,7 @@ class VisionTransformer(nn.Module):
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut.  Where the picture shrinks, average pooling does
-    it (a strided convolution would skip pixels), in both ways.
+    it (a strided convolution would skip pixels), in both branches.
     """
 
     def __init__(self, inputs, width, stride):
@@ -393,7 +396,7 @@ MODELS = {   # name: (file, SHA-256)
 
 
 def load(name_or_path, device="cpu"):
-    """A frozen CLIP in fp32: one of OpenAI's nine by name, or a file (their TorchScript archive or
+    """A frozen CLIP in fp32 and eval mode: one of OpenAI's nine by name, or a file (their TorchScript archive or
     a state dict saved by torch).  `.sha256` of the result is the file's.  Raises ValueError for a
     file that holds no CLIP, OSError if a download fails.
     """
@@ -427,7 +430,7 @@ def fetch(name):
     try:                                           # checks the sum, then renames: whole or not there
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=known)
-    except Exception as error:
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"cannot download {name} ({error}): put {url} at {path}") from None
     return path
 
@@ -527,15 +530,15 @@ def read_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return Reader(archive).load()
-    except Exception as error:                     # damaged bytes can fail in any way; none is our caller's
+    except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way; none is our caller's
         raise ValueError(f"{path} cannot be read as weights (cut short, damaged or of another kind): {error}") from None
 
 
 def tensors(obj):
     """{dotted name: tensor} of a state dict, or of a TorchScript module as Inert objects, each looked into once."""
     found, todo, seen = {}, [("", obj)], set()
-    for prefix, obj in todo:                       # grows while it is walked
-        for name, value in (obj if isinstance(obj, dict) else getattr(obj, "__dict__", {})).items():
+    for prefix, part in todo:                      # grows while it is walked
+        for name, value in (part if isinstance(part, dict) else getattr(part, "__dict__", {})).items():
             if isinstance(value, torch.Tensor):
                 found[f"{prefix}{name}"] = value
             elif isinstance(value, Inert) and id(value) not in seen and len(prefix) < 200:

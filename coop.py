@@ -86,19 +86,20 @@ class PromptLearner(nn.Module):
         # middle:  sot V1 V2 polka - dotted V3 V4 . eot
         # front:   sot polka - dotted V1 V2 V3 V4 . eot
         # Written as numbers: a token id, or vocab_size + m for the place of vector V_m.
-        prompts, shared = [], {"end": M, "middle": M // 2, "front": 0}[position]
+        prompts, before = [], {"end": M, "middle": M // 2, "front": 0}[position]         # vectors before the name
         for i, name in enumerate(names):
             ids, cut = tokenizer.encode(name + "."), length[name]                # encoded with its full stop, as in the sentence
-            V = [clip.vocab_size + (i * M if csc else 0) + m for m in range(M)]
-            prompts.append([tokenizer.sot, *V[:shared], *ids[:cut], *V[shared:], *ids[cut:], tokenizer.eot])
-        shared = 1 if csc else 1 + shared                # how many tokens all prompts have in common
-        self.lengths = torch.tensor([len(prompt) - shared for prompt in prompts])
+            places = [clip.vocab_size + (i * M if csc else 0) + m for m in range(M)]
+            prompts.append([tokenizer.sot, *places[:before], *ids[:cut], *places[before:], *ids[cut:], tokenizer.eot])
+        P = 1 if csc else 1 + before                     # how many tokens all prompts begin with
+        self.lengths = torch.tensor([len(prompt) - P for prompt in prompts])
 
-        # forward() picks all embeddings out of a small bank: one row per word that occurs, then those of V.
-        places = prompts[0][:shared] + [place for prompt in prompts for place in prompt[shared:]]
-        used, rows = torch.unique(torch.tensor(places), return_inverse=True)
-        self.register_buffer("shared_rows", rows[:shared].to(embedding.device))
-        self.register_buffer("own_rows", rows[shared:].to(embedding.device))
+        # forward() picks all embeddings out of a small bank: one row per token id that occurs, then those of
+        # V. unique() sorts, so ids (below vocab_size) come before places of V: row r is the r-th of `used`.
+        packed = prompts[0][:P] + [number for prompt in prompts for number in prompt[P:]]
+        used, rows = torch.unique(torch.tensor(packed), return_inverse=True)
+        self.register_buffer("shared_rows", rows[:P].to(embedding.device))
+        self.register_buffer("own_rows", rows[P:].to(embedding.device))
         self.register_buffer("words", embedding[used[used < clip.vocab_size].to(embedding.device)])
         V = torch.randn((K, M, embedding.shape[1]) if csc else (M, embedding.shape[1])) * 0.02
         if init is not None:
@@ -132,14 +133,16 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
           progress=lambda n, loss, accuracy: None):
     """Learn V by the paper's recipe; the result is V of the last epoch, in learner.
 
-    features: (N, crops, e), features[i, n % crops] of the crop of image i in epoch n, computed
-    beforehand: the image encoder is frozen, so f does not change while V does. labels: (N,).
+    features: (N, crops, e); features[i, n % crops] belongs to the crop that epoch n shows of image i,
+    computed beforehand: the image encoder is frozen, so f does not change while V does. labels: (N,).
+    seed: of the batches; training_features, given the same, computes just the crops that they use.
     loss, keep, hand: not the paper's, see README "Beyond the paper"; hand (K, e) are the features of
     hand-written prompts, of unit length. Raises ValueError when the loss is not a number.
 
     "The gradient flows through a frozen encoder": backward() goes from the loss through g and every
     layer of the text encoder down to V, multiplying by the layers' weights on its way. Frozen means
-    that no gradient *of* those weights is computed, and that no step changes them.
+    that no gradient with respect to those weights is computed and no step changes them. The
+    temperature is CLIP's, learned in its pretraining, and frozen too.
     """
     optimizer = torch.optim.SGD([learner.V], lr=learning_rate(0, T), momentum=0.9, weight_decay=5e-4)
     for n, epoch in enumerate(batches(len(labels), T, seed)):
@@ -163,7 +166,7 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
         if not losses.isfinite().all():
             step = n * len(epoch) + int((~losses.isfinite()).nonzero()[0])
             raise ValueError(f"the loss is not a number at step {step} (epoch {n}): the weights or the image features "
-                             "are damaged, or overflow in this --precision")
+                             "are damaged, of another seed, or overflow in this --precision")
         progress(n, losses.mean().item(), 100 * right.item() / sum(map(len, epoch)))
 
 
@@ -185,13 +188,19 @@ def evaluate(image_features, text_features, labels):
 
 @torch.no_grad()
 def zero_shot(clip, tokenizer, template, classnames):
-    """Features (K, e) of hand-written prompts: the class names put into a template such as "a photo of a {}."."""
+    """Features (K, e), not yet of unit length, of hand-written prompts: class names put into a template such
+    as "a photo of a {}.".
+    """
     texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
     return torch.cat([clip.encode_text(tokenizer(texts[i:i + 256], clip.context_length).to(clip.device))
                       for i in range(0, len(texts), 256)])
 
 
 # ---- The method ends here; what follows brings images in and results out -------------------------
+#
+# Images come in as features: the image encoder is frozen, so each crop need go through it but once, and
+# train() reads the result. That is also what makes a sweep cheap: another M, position or loss asks
+# for the same crops and finds them in the cache.
 
 def progress_line(what, total, advice=""):
     """-> say(done, note): how far long work is and how long it will still take, a line every few seconds,
@@ -215,8 +224,10 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     """Features (number of crops, e) fp32 on the CPU of jobs [(path, [crop number, ...]), ...], in order.
 
     What the cache (data.FeatureCache) holds is not computed again; what is computed is put there.
+    Crops are decoded by threads while the encoder works, and encoded in batches of one size whatever
+    image they come from.
     """
-    size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits the caches
+    size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits a CPU's caches
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
     missing, rows, row = [], [], 0                       # rows: where the features of the missing crops go
     for (path, numbers), known in zip(jobs, cache.get(jobs) if cache else [{}] * len(jobs)):
@@ -254,7 +265,7 @@ def training_jobs(items, T, views=0, seed=1):
 
 
 def training_features(clip, items, T, views=0, seed=1, cache=None):
-    """Features (N, views or T, e) of the crops that train() reads; of the others, NaN."""
+    """Features (N, crops, e) of the crops that train() reads, crops = min(views or T, T); of the others, NaN."""
     jobs, crops = training_jobs(items, T, views, seed), min(views or T, T)
     features = torch.full((len(items), crops, clip.text_projection.shape[1]), float("nan"))
     advice = f"--views 10 would encode at most {10 * len(items)} crops instead (approximate, see README)" if crops > 10 else ""
@@ -279,6 +290,9 @@ def linear_probe(train, val):
     """The paper's other baseline: multinomial logistic regression on pairs (features, labels), with
     scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS; C by accuracy on val.
     -> weights (K, e), biases (K,), C
+
+    It knows nothing of the class names: each class is a free vector, where CoOp must find one that
+    the text encoder can say. In the paper that costs it dearly with few images; with 16 it nearly draws level.
     """
     (f, labels), K = (train[0].double(), train[1]), int(train[1].max()) + 1
 
@@ -302,11 +316,15 @@ def linear_probe(train, val):
 
 
 # ---- Results and prompts ------------------------------------------------------------------------
+#
+# A run of CoOp leaves two things: its prompt, a file that is whole or not there, and then a line in
+# results.jsonl. Whoever finds the line finds the prompt; a run that was killed has no line, and is run again.
 
 class Results:
     """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
 
-    MEASURED = {"accuracy", "C", "n_test", "seconds_images", "seconds_training", "device", "torch"}     # the rest are settings
+    # Runs are the same when all else in their lines is: who changes the method adds a setting, or old runs are "known".
+    MEASURED = frozenset(("accuracy", "C", "n_test", "seconds_images", "seconds_training", "device", "torch"))
 
     def __init__(self, out):
         self.file, self.lines = out / "results.jsonl", []
@@ -437,10 +455,10 @@ def table(results):
 
 def plot(results, file):
     """The paper's figure 3: accuracy against shots, zero-shot as a star, the spread over seeds as a band."""
-    import matplotlib                                    # the one optional package; parse() looks for it
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6, 4.2), layout="constrained")
+    # The one optional package; parse() looks for it.
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
     for row, found in cells(results).items():
         shots = sorted(found)
         mean, spread = np.array([[found[c][0], found[c][1] or 0] for c in shots]).T
@@ -452,10 +470,11 @@ def plot(results, file):
     axes.grid(alpha=0.3)
     axes.legend()
     write(file, lambda content: figure.savefig(content, dpi=150))
-    pyplot.close(figure)
 
 
 # ---- Experiments --------------------------------------------------------------------------------
+#
+# What the paper measures, method by method. Test features are computed once and serve all of them.
 
 def epochs(shots, dataset):
     """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
@@ -533,8 +552,10 @@ class Experiment:
         mine = torch.isin(labels, kept)
         return f[mine], torch.searchsorted(kept, labels[mine])
 
-    def shots(self, shots, seed):
-        """The few-shot draw from the training and from the validation images of --classes, labels counted from 0."""
+    def draw(self, shots, seed):
+        """The few-shot draw from the training and from the validation images of --classes, labels counted from
+        0; of the latter at most 4 per class, as the official code.
+        """
         rng, kept = random.Random(seed), data.subset(len(self.names), self.args.classes)
         return [[(path, kept.index(label)) for path, label in data.few_shot(part, count, rng) if label in kept]
                 for part, count in ((self.dataset.train, shots), (self.dataset.val, min(shots, 4)))]
@@ -577,7 +598,7 @@ class Experiment:
     def probe(self, shots, seed):
         """A linear classifier on the image features, test crops for training too."""
         def measure():
-            start, drawn = time.time(), self.shots(shots, seed)
+            start, drawn = time.time(), self.draw(shots, seed)
             if not drawn[1]:
                 raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
             sets = [self.encode(items) for items in drawn]
@@ -589,7 +610,11 @@ class Experiment:
         return self.once(self.line("linear-probe", shots, seed, self.args.classes), measure, "C chosen on the validation images")
 
     def coop(self, M, position, csc, shots, seed):
-        """One run of CoOp: draw the shots, learn V, test it, save it; nothing if that is done already."""
+        """One run of CoOp: draw the shots, learn V, test it, save it; nothing if that is done already.
+
+        The validation images are drawn, as the draw of the official code includes them, and not used: the
+        paper's result is V of the last epoch, whatever it does on them.
+        """
         args, names, T = self.args, self.names_of(self.args.classes), self.args.epochs or epochs(shots, self.dataset.name)
         torch.manual_seed(seed)
         learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
@@ -606,7 +631,7 @@ class Experiment:
         if all(known) and saved:
             return self.show(known, "(known; --again repeats it)")
 
-        start, (items, _) = time.time(), self.shots(shots, seed)
+        start, (items, _) = time.time(), self.draw(shots, seed)
         if not items or not all(r["n_test"] for r in lines):
             raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
         features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
@@ -628,7 +653,9 @@ class Experiment:
         return self.show(lines, f"images {encoded - start:.1f} s, training {trained - encoded:.1f} s -> {file}")
 
     def transfer(self, prompt, classes):
-        """A learned prompt on this dataset, without training: a unified V goes with any class names."""
+        """A learned prompt on this dataset, without training: a unified V goes with any class names, as "a photo
+        of a" does; contexts that belong to classes go with those classes only, in any order.
+        """
         names, known, old, V = self.names_of(classes), prompt["classnames"], prompt["settings"], prompt["V"]
         if V.dim() == 3:
             strangers = sorted(set(names) - set(known or names))
@@ -646,7 +673,9 @@ class Experiment:
 # ---- Using a learned prompt ---------------------------------------------------------------------
 
 def predict(prompt, clip, paths, as_json):
-    """The five likeliest classes, with probabilities, of each picture in files and folders."""
+    """The five likeliest classes, with probabilities (equation 1), of each picture in files and folders.
+    They are probabilities among these K names: a picture of something else gets one of them, too.
+    """
     def pictures():
         for path in map(pathlib.Path, paths):
             if not path.exists():
@@ -664,7 +693,9 @@ def predict(prompt, clip, paths, as_json):
 
 
 def export(prompt, file):
-    """K text features of unit length, class names, scale and pixel constants: a classifier for numpy."""
+    """K text features of unit length, class names, logit_scale (1 / tau, its exponential already taken) and
+    pixel constants: a classifier for numpy.
+    """
     write(file, lambda content: np.savez(
         content, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]), resolution=prompt["resolution"],
         logit_scale=prompt["logit_scale"].exp().item(), mean=data.MEAN.numpy(), std=data.STD.numpy()))
@@ -672,7 +703,11 @@ def export(prompt, file):
 
 
 def nearest_words(prompt, clip, tokenizer, count):
-    """For each vector of V the nearest token embeddings by Euclidean distance, as the paper's table 4."""
+    """For each vector of V the nearest token embeddings by Euclidean distance, as the paper's table 4.
+
+    V moves freely between the words, so the nearest one can be far away; the paper found little to read
+    in them.
+    """
     embedding, V = clip.token_embedding.weight, prompt["V"].to(clip.device)
     for i, context in enumerate(V if V.dim() == 3 else V[None]):
         if V.dim() == 3:
@@ -771,7 +806,7 @@ def run(args):
     if args.world > 1:                                   # every process encodes its share of the crops of all runs
         for shots, seed in draws:
             T = args.epochs or epochs(shots, experiment.dataset.name)
-            jobs = training_jobs(experiment.shots(shots, seed)[0], T, args.views, seed)
+            jobs = training_jobs(experiment.draw(shots, seed)[0], T, args.views, seed)
             image_features(experiment.clip, jobs[args.rank::args.world], experiment.cache)
         torch.distributed.barrier()
     found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
@@ -806,7 +841,7 @@ def parse(argv):
     source.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a dataset, or a folder of class folders")
     source.add_argument("--demo", action="store_true", help="drawn textures and a small CLIP trained here, nothing to download")
     add("--shots", type=at_least(0), nargs="+", default=[16], metavar="N", help="training images per class; 0: zero-shot only")
-    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start and the batches")
+    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start, the batches and --noise")
     add("--backbone", help=f"a weight file or one of {', '.join(clip_model.MODELS)}; RN50, or what --load was learned for")
     add("--M", type=at_least(1), nargs="+", default=[16], metavar="M", help="number of context vectors, the paper's M")
     add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands")

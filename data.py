@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -95,7 +96,7 @@ def read_image(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
-    except Exception as error:                     # Pillow raises a dozen kinds for damaged files
+    except Exception as error:  # noqa: BLE001       Pillow raises a dozen kinds for damaged files
         raise ValueError(f"cannot read image {path}: {error}") from None
 
 
@@ -133,7 +134,8 @@ def train_crop(image, R, rng):
 
 
 def cut(path, numbers, R):
-    """Crops of one picture, decoded once: crop n of epoch n, or TEST -> (len(numbers), R, R, 3) uint8.
+    """Crops of one picture, decoded once: crop n is what epoch n shows of it (with V views, epochs n, n + V,
+    ...), TEST the middle. -> (len(numbers), R, R, 3) uint8
 
     The dice of crop n are seeded with the file's name, its folder's name and n, nothing else: not
     with the run's seed, nor with the order of anything. So runs that differ in M, position, loss or
@@ -173,6 +175,10 @@ class FeatureCache:
     A file counts as the same while its path, size and time of change are; a row whose checksum is
     wrong counts as absent, and a file that SQLite calls damaged is thrown away and started anew.
     Every access opens the file and closes it again, so that nothing is held through threads or forks.
+
+    The key tells the image and the number of the crop, and nothing of this program: who changes
+    train_crop, test_crop or normalise must give the file another name (Experiment in coop.py), or
+    will be handed what the old code saw.
     """
 
     def __init__(self, path):
@@ -317,7 +323,7 @@ def read_dtd(root):
           "compare with the paper's", file=sys.stderr)
     lines = [(root / "labels" / f"{part}1.txt").read_text().split() for part in ("train", "val", "test")]
     names = sorted({line.split("/")[0] for part in lines for line in part})
-    return Dataset("dtd", names, *([(root / "images" / line, names.index(line.split("/")[0])) for line in part]
+    return Dataset("dtd-split1", names, *([(root / "images" / line, names.index(line.split("/")[0])) for line in part]
                                    for part in lines), "{} texture.")
 
 
@@ -401,11 +407,15 @@ def read_class_folders(root):
 
 
 # ---- Downloading DTD ----------------------------------------------------------------------------
+#
+# DTD is fetched on demand, so that there is one real dataset to begin with. A download appears under its
+# final name only when its checksum is right, the unpacked folder only when it is complete; an
+# interrupted one starts over without harm.
 
 DTD = ("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
        "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205")
-DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/"
-             "splits/split_zhou_DescribableTextures.json", "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
+DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a/splits/"
+             + "split_zhou_DescribableTextures.json", "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
 
 
 def download(url, sha256, path, size):
@@ -413,7 +423,7 @@ def download(url, sha256, path, size):
     print(f"downloading {size} from {url} to {path}", file=sys.stderr)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except Exception as error:
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"cannot download {url} ({error}); put it at {path}") from None
 
 
@@ -451,6 +461,11 @@ def unpack(archive, folder):
 
 
 # ---- Drawn textures: a picture world for the demo, with nothing to download ---------------------
+#
+# CoOp needs a CLIP that knows more than the hand-written prompt asks for. So the world has two kinds of
+# pictures, positives and negatives, and captions that tell them apart; the demo's CLIP learns both.
+# The pictures to classify are all negatives. "a photo of a dotted texture." then means the wrong thing,
+# and the context V has to learn, from a few pictures, the word that nobody gave it.
 
 PATTERNS = {   # height over the plane (u, v): there is ink where it is positive
     "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.9,

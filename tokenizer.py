@@ -29,7 +29,9 @@ nothing by themselves.  This file needs torch, ftfy and regex, and none of its n
 import gzip
 import hashlib
 import html
+import http.client
 import importlib.util
+import itertools
 import pathlib
 import sys
 import zlib
@@ -118,7 +120,7 @@ class Tokenizer:
         parts[-1] += "</w>"
         while True:
             yield parts
-            pairs = [pair for pair in zip(parts, parts[1:]) if pair in self.rank]
+            pairs = [pair for pair in itertools.pairwise(parts) if pair in self.rank]
             if not pairs:
                 return
             best, merged, i = min(pairs, key=self.rank.get), [], 0
@@ -171,7 +173,7 @@ def find_vocabulary():
         cached.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading CLIP's vocabulary (1.4 MB) from {URL} to {cached}", file=sys.stderr)
         torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA256)
-    except Exception as e:                                 # no network, a proxy's login page, a full disk, ...
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as e:     # no network, a login page, a full disk, ...
         raise OSError(f"CLIP's vocabulary is missing and cannot be downloaded ({e}): put {URL} at {cached}") from None
     return cached
 
