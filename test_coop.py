@@ -2009,7 +2009,7 @@ print(f"{memory('VmHWM') - before:.3f} {memory('VmHWM'):.3f} {len(learner.own_ro
               f"   target {target}", flush=True)
 
 
-def benchmark_images(names=SHAPES):
+def benchmark_images(names):
     """The image encoder as image_features runs it against OpenAI's modules on a batch of 32, and our bf16 against both."""
     for name in names:
         theirs, clip = benchmark_model(name)
@@ -2056,12 +2056,18 @@ def benchmark_whole(photos):
         report(f"whole job from parts: {what}", our_job, their_job, [their_job / our_job], target)
 
 
-if __name__ == "__main__":
+def benchmark(photos="", part=None):
+    """All parts, each in a process of its own, as runs of coop.py are; or the one named, in this."""
+    parts = {"floor": benchmark_floor, "job": lambda: benchmark_whole(photos), "step": lambda: benchmark_steps("ViT-B/16", VARIANTS[:1]),
+             "memory": benchmark_memory, **{name: lambda name=name: benchmark_images([name]) for name in SHAPES}}
+    if part:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        return parts[part]()
     print(f"{DEVICE}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}; "
-          "seconds of ours and of the other, median ratio and its range over n pairs\n")
-    torch.backends.cuda.matmul.allow_tf32 = True
-    benchmark_images()
-    benchmark_floor()
-    benchmark_whole(sys.argv[1] if len(sys.argv) > 1 else None)
-    benchmark_steps("ViT-B/16", VARIANTS[:1])
-    benchmark_memory()
+          "seconds of ours and of the other, median ratio and its range over n pairs\n", flush=True)
+    for name in parts:
+        subprocess.run([sys.executable, __file__, photos, name], check=True)
+
+
+if __name__ == "__main__":
+    benchmark(*sys.argv[1:])
