@@ -164,6 +164,9 @@ class CLIP(nn.Module):
     def from_state_dict(cls, sd):
         """The model that a state dict with OpenAI's key names belongs to, its sizes read off the
         shapes; weights as fp32, in eval mode.  Raises ValueError if names or shapes do not fit.
+
+        visual.proj exists in a ViT only; its patch size is that of conv1's kernel, its grid the root of
+        the number of positions but one (the class token).  A ResNet shrinks pictures by 32 in all.
         """
         sd = {k: v.detach().to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in sd.items()
               if k not in ("input_resolution", "context_length", "vocab_size")}
@@ -206,7 +209,12 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; parameters are named as in torch.nn.MultiheadAttention."""
+    """Multi-head self-attention; parameters are named as in torch.nn.MultiheadAttention.
+
+    Every token asks a question q, offers a key k and an answer v; it receives the mean of the answers,
+    weighted by how well their keys fit its question: softmax(q k^T / sqrt(d / heads)) v.  A mask of -inf
+    in the scores makes a token blind to others.  Each head does this in its own d / heads dimensions.
+    """
 
     def __init__(self, d, heads):
         super().__init__()
@@ -360,8 +368,9 @@ class ModifiedResNet(nn.Module):
 def prepare(clip, image_dtype=torch.float32):
     """Fold constants into frozen weights, in place, and return clip: the same function with less work.
 
-    BatchNorm in eval mode is a scale and a shift, which go into the convolution before it. The 1.702
-    of QuickGELU goes into the linear layers around it; what stays is torch's SiLU. Images are kept
+    BatchNorm in eval mode is a scale and a shift, which go into the convolution before it:
+    a (W x) + b = (a W) x + b with a = gain / sqrt(variance), b = bias - a mean. The 1.702 of QuickGELU
+    goes into the linear layers around it; what stays is torch's SiLU. Images are kept
     channels-last, as the fast kernels want them. EXACT up to rounding in float32 (1e-5;
     test_encoders_equal_openais). image_dtype bfloat16 or float16, for the image encoder alone, is
     APPROXIMATE (README, "Speed").
@@ -463,6 +472,10 @@ class Reader(pickle._Unpickler):                                        # not th
     A pickle is a small program that may call any function it can name; here it can name only what
     find_class hands out.  Both kinds of file are uncompressed zip archives, `<root>/data.pkl` with
     the objects and `<root>/data/<key>` with the bytes of each tensor.
+
+    Where the pickle would load a storage it says persistent_load("storage", type, key, device, size),
+    and for a tensor _rebuild_tensor_v2(storage, offset, size, stride, ...).  We note both, and make
+    the tensors when the program is over and cannot touch them any more.
     """
 
     def __init__(self, archive):

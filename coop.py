@@ -490,7 +490,9 @@ def learned_features(clip, tokenizer, classnames, V, position):
 
 
 def open_clip(args):
-    """The model of --backbone, made fast, and its tokenizer."""
+    """The model of --backbone, made fast, and its tokenizer: OpenAI's, or plain bytes for a model with as few
+    token embeddings as the demo's.
+    """
     torch.backends.cuda.matmul.allow_tf32 = True         # text encoder on CUDA: fp32 with TF32 products
     clip = clip_model.prepare(clip_model.load(args.backbone, args.device), PRECISIONS[args.precision])
     tokenizer = Tokenizer()                              # bytes, as the demo's small CLIP
@@ -547,7 +549,9 @@ class Experiment:
         return [self.names[label] for label in data.subset(len(self.names), classes)]
 
     def part(self, classes):
-        """Test features of the images of these classes, and their labels, counted from 0."""
+        """Test features of the images of these classes, and their labels, counted from 0: with half of the
+        classes the other half is no possible answer either.
+        """
         (f, labels), kept = self.test, torch.tensor(data.subset(len(self.names), classes))
         mine = torch.isin(labels, kept)
         return f[mine], torch.searchsorted(kept, labels[mine])
@@ -561,7 +565,9 @@ class Experiment:
                 for part, count in ((self.dataset.train, shots), (self.dataset.val, min(shots, 4)))]
 
     def line(self, method, shots, seed, classes, **more):
-        """What results.jsonl says of a run, but for what only the run can tell."""
+        """What results.jsonl says of a run, but for what only the run can tell. It holds all that could change
+        the result: two runs with the same line are the same run.
+        """
         blank = dict.fromkeys(("M", "position", "csc", "epochs", "views"))
         return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": len(self.part(classes)[1]),
                 **blank, **self.common, **more}
@@ -718,7 +724,11 @@ def nearest_words(prompt, clip, tokenizer, count):
 
 
 def use(args):
-    """What --load asks for: the accuracy on another dataset, words, predictions, an export."""
+    """What --load asks for: the accuracy on another dataset, words, predictions, an export.
+
+    A prompt is tied to the weights it was learned for: vectors that mean "negative" to one text encoder
+    mean nothing to another.
+    """
     prompt = load_prompt(args.load)
     if (args.predict or args.export) and prompt["classnames"] is None:
         raise ValueError(f"{args.load} comes from the official code and tells no class names; it can be tested with --data")
@@ -770,6 +780,8 @@ def make_demo(folder):
 def share_out(args):
     """Under torchrun --nproc-per-node N, be one of N processes: they share the image encoding, by way of
     the feature cache, and the runs of the grid, and only the first one prints results. Alone: nothing.
+
+    No single run is split: a step is small, and a grid has enough of them.
     """
     args.rank, args.world = 0, 1
     if "TORCHELASTIC_RUN_ID" not in os.environ:          # which torchrun sets
@@ -784,7 +796,11 @@ def share_out(args):
 
 
 def run(args):
-    """All that one command line asks for."""
+    """All that one command line asks for: with training, the grid of runs and the table.
+
+    The grid has zero-shot first, then the probe and CoOp in each variant, for each number of shots and
+    each seed. Under torchrun process r of N takes every N-th run, from the r-th on.
+    """
     if args.demo:
         folder = args.cache / "demo-world"
         if args.rank == 0:

@@ -117,6 +117,9 @@ def test_crop(image, R):
 def train_crop(image, R, rng):
     """A random part of the picture, 8 to 100 % of its area and 3:4 to 4:3 in shape, resized to
     R x R, mirrored half of the time: the "random resized crop" of torchvision.
+
+    Area and shape are drawn first, ten times if need be, as a wide part of a high picture may not fit;
+    the shape on a log scale, so that 3:4 is as likely as 4:3.
     """
     width, height = image.size
     for _ in range(10):
@@ -147,7 +150,11 @@ def cut(path, numbers, R):
 
 
 def crops(jobs, R):
-    """For jobs [(path, [n, ...]), ...] yield (path, n, crop n of that picture), in order, decoded ahead by threads."""
+    """For jobs [(path, [n, ...]), ...] yield (path, n, crop n of that picture), in order, decoded ahead by threads.
+
+    Threads suffice, as Pillow lets go of Python's lock while it decodes and resizes. They are at most one
+    picture each ahead, so that memory does not depend on how slow the consumer is.
+    """
     workers, waiting = min(16, os.cpu_count() or 1), collections.deque()
     pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
@@ -162,7 +169,8 @@ def crops(jobs, R):
 
 def normalise(pixels):
     """uint8 (B, R, R, 3) -> float32 (B, 3, R, R) with CLIP's mean and standard deviation, in
-    channels-last memory; on the tensor's device.
+    channels-last memory; on the tensor's device. Bytes until here: a quarter of what floats would be to
+    carry to a GPU.
     """
     mean, std = MEAN.to(pixels.device), STD.to(pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -283,7 +291,7 @@ def load_dataset(root):
 
 
 def check(dataset, root):
-    """The dataset, or ValueError where it cannot be worked with."""
+    """The dataset, or ValueError where it cannot be worked with: said now, not after an hour of encoding."""
     for label, name in enumerate(dataset.classnames):
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ValueError(f"{root}: class {label} has the name {name!r}; expected printable text")
@@ -298,7 +306,11 @@ def check(dataset, root):
 
 
 def read_split(root, file):
-    """The paper's split files: {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}."""
+    """The paper's split files: {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}.
+
+    They are CoOp's own, made once for all methods, as most of these datasets come without a validation
+    part. Names come from the file, since folder names are often codes.
+    """
     name, folder, template = KNOWN.get(file.name, (root.name, "images", Dataset.template))
     try:
         split = json.loads(file.read_text(encoding="utf-8"))
@@ -448,7 +460,9 @@ def download_dtd(root):
 
 
 def unpack(archive, folder):
-    """Unpack the plain files of a tar archive; one that would land outside the folder raises ValueError."""
+    """Unpack the plain files of a tar archive; one that would land outside the folder raises ValueError.
+    Links are left out: they could lead outside, and Windows may not make them.
+    """
     with tarfile.open(archive) as tar:
         for member in tar:
             target = (folder / member.name).resolve()
