@@ -68,6 +68,8 @@ class PromptLearner(nn.Module):
         if init is not None:
             words = tokenizer.encode(init.replace("_", " "))
             M = len(words)
+        if tokenizer.vocab_size != clip.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size} token embeddings: they do not belong together")
         if M < 1:
             raise ValueError("no context to learn: M must be at least 1, and --init must hold a word")
 
@@ -369,6 +371,8 @@ def load_prompt(path):
     """A prompt saved by us, or by the official code (prompt_learner/model.pth.tar-N, which tells neither
     class names nor settings). -> {"V", "classnames", "settings", ...}; ValueError for anything else.
     """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
     prompt = clip_model.read_archive(path)
     if isinstance(prompt, dict) and isinstance(prompt.get("state_dict"), dict):
         prompt = {"V": prompt["state_dict"].get("ctx"), "classnames": None, "settings": {}}
@@ -531,7 +535,8 @@ class Experiment:
                   + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
             smallest = min(collections.Counter(label for _, label in train).values())
             if smallest < max(args.shots):
-                print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest})")
+                print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; of class folders without "
+                      "train/ and test/, half of the images are for training)")
         if self.cache:
             print(f"feature cache: {self.cache.path}, {self.cache.path.stat().st_size / 2 ** 20:.0f} MB")
         start = time.time()
@@ -689,6 +694,9 @@ def predict(prompt, clip, paths, as_json):
             yield from (path for path in sorted(path.rglob("*")) if data.is_image(path)) if path.is_dir() else [path]
 
     g, names, files = prompt["text_features"].to(clip.device), prompt["classnames"], pictures()
+    if (first := next(files, None)) is None:
+        raise ValueError(f"no pictures in {', '.join(paths)}")
+    files = itertools.chain([first], files)
     while chunk := list(itertools.islice(files, 32)):    # a folder of thousands streams
         f = image_features(clip, [(path, [TEST]) for path in chunk], what="encoding pictures").to(g.device)
         chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
@@ -720,7 +728,8 @@ def nearest_words(prompt, clip, tokenizer, count):
             print(prompt["classnames"][i] if prompt["classnames"] else f"class {i}")
         distances = torch.cdist(context, embedding, compute_mode="donot_use_mm_for_euclid_dist")         # (M, vocabulary)
         for m, (near, ids) in enumerate(zip(*distances.topk(min(count, len(embedding)), largest=False)), 1):
-            print(f"  V{m}: " + ", ".join(f"{tokenizer.decode([j]).strip()} {d:.4f}" for j, d in zip(ids.tolist(), near.tolist())))
+            words = [tokenizer.decode([j]).strip() for j in ids.tolist()]
+            print(f"  V{m}: " + ", ".join(f"{word if word.isprintable() else repr(word)} {d:.4f}" for word, d in zip(words, near.tolist())))
 
 
 def use(args):
@@ -733,6 +742,8 @@ def use(args):
     if (args.predict or args.export) and prompt["classnames"] is None:
         raise ValueError(f"{args.load} comes from the official code and tells no class names; it can be tested with --data")
     args.backbone = args.backbone or prompt.get("path")
+    if args.backbone and args.backbone == prompt.get("path") and args.backbone not in clip_model.MODELS and not os.path.isfile(args.backbone):
+        raise ValueError(f"{args.load} was learned with {args.backbone}, which is not there any more: give --backbone")
     if args.backbone is None:
         raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
     dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
@@ -924,7 +935,7 @@ def main(argv=None):
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; finished runs are kept, the same command goes on from here", file=sys.stderr)
+        print("\nstopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 

@@ -285,6 +285,8 @@ def load_dataset(root):
             if set(part) - set(names):
                 raise ValueError(f"{root}: class {min(set(part) - set(names))!r} has no folder in {root / 'train'}")
         dataset = Dataset(root.name, names, *([(p, names.index(c)) for c in part for p in part[c]] for part in parts))
+    elif (root / "train").is_dir() and not any(map(is_image, os.listdir(root / "train"))):
+        raise ValueError(f"{root} has train/ but no test/ beside it (or put all class folders into {root} itself, to have them split)")
     else:
         dataset = read_class_folders(root)
     return check(dataset, root)

@@ -612,6 +612,8 @@ def test_class_folders_alone(tmp_path):
     assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [10, 4, 6] and dataset.template == "a photo of a {}."
     assert len({path for part in (dataset.train, dataset.val, dataset.test) for path, _ in part}) == 20
     assert dataset == data.load_dataset(tmp_path / "mine") and dataset.train != sorted(dataset.train)
+    pictures(tmp_path / "words", ["exam", "test"], 4)    # a class may be called test
+    assert data.load_dataset(tmp_path / "words").classnames == ["exam", "test"]
     pictures(tmp_path / "caltech" / "101_ObjectCategories", ["Faces", "Faces_easy", "BACKGROUND_Google", "ant"], 4)
     caltech = data.load_dataset(tmp_path / "caltech")
     assert caltech.classnames == ["face", "ant"] and caltech.name == "caltech-101"
@@ -700,6 +702,8 @@ def test_prompt_of_words_is_the_sentence(position):
         assert relative(clip.encode_prompts(*learner()), g) < 1e-10
         assert relative(coop.zero_shot(clip, tokenizer, sentence, NAMES), g) < 1e-12
     assert sum(p.numel() for p in learner.parameters()) == learner.V.numel(), "V is the only parameter"
+    with pytest.raises(ValueError, match="the tokenizer has 514 ids, this CLIP 49408 token embeddings"):
+        PromptLearner(clip, Tokenizer(), NAMES)
 
 
 def test_prompt_learner_starts_from_noise_of_two_hundredths():
@@ -920,6 +924,8 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypa
             ([*world, "--shots", "x"], "--shots: invalid integer value: 'x'"),
             ([*world, "--device", "cuda"], "finds no CUDA device"),
             ([*world, "--template", "a photo"], "needs {}"),
+            (["--load", "nowhere.pt", "--words", "1"], "nowhere.pt: no such file"),
+            (with_data(pictures(tmp_path / "half" / "train", ["a", "b"], 2).parent), "has train/ but no test/ beside it"),
             ([], "one of --data, --demo and --load is needed")):
         out = tmp_path / "out"
         code, _, err = command([*arguments, "--epochs", "1"], out, capsys)
@@ -948,7 +954,7 @@ coop.clip_model.CLIP.encode_image = lambda self, x: seen.append(len(x)) or encod
 coop.main()
 open(sys.argv[-1] + "/encoded" + os.environ.get("RANK", "0"), "w").write(str(sum(seen)))
 """)
-    options = [*world[:6], "--shots", "1", "2", "--seeds", "1", "2", "--epochs", "2", "--probe"]
+    options = [*world[:6], "--shots", "1", "2", "--seeds", "1", "2", "--epochs", "8", "--probe"]
     tables = []
     for name, launch in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
         out = tmp_path / name
@@ -962,7 +968,7 @@ open(sys.argv[-1] + "/encoded" + os.environ.get("RANK", "0"), "w").write(str(sum
     for file in (tmp_path / "one").glob("*.pt"):
         assert torch.allclose(coop.load_prompt(file)["V"], coop.load_prompt(tmp_path / "two" / file.name)["V"], atol=1e-5)
     alone, shares = int((tmp_path / "one" / "encoded0").read_text()), [int((tmp_path / "two" / f"encoded{rank}").read_text()) for rank in (0, 1)]
-    assert sum(shares) < 1.5 * alone and min(shares) > alone / 3, (alone, shares)      # a few may be met twice
+    assert sum(shares) < 1.4 * alone and min(shares) > alone / 3, (alone, shares)      # a few may be met twice
 
 
 def test_the_process_itself(world, tmp_path):
@@ -1233,6 +1239,9 @@ def test_predict_and_export(world, tmp_path, capsys):
     assert code == 0 and printed.count(" %") == 27
     code, _, err = command(["--load", prompt, "--predict", "nowhere.jpg", "--device", "cpu"], tmp_path, capsys)
     assert code == 2 and "nowhere.jpg: no such file or folder" in err
+    (tmp_path / "nothing").mkdir()
+    code, _, err = command(["--load", prompt, "--predict", str(tmp_path / "nothing"), "--device", "cpu"], tmp_path, capsys)
+    assert code == 2 and "no pictures in" in err
 
 
 @pytest.mark.parametrize("csc", [False, True])
