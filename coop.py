@@ -69,7 +69,8 @@ class PromptLearner(nn.Module):
             words = tokenizer.encode(init.replace("_", " "))
             M = len(words)
         if tokenizer.vocab_size != clip.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size} token embeddings: they do not belong together")
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size} token embeddings: "
+                             "they do not belong together")
         if M < 1:
             raise ValueError("no context to learn: M must be at least 1, and --init must hold a word")
 
@@ -517,7 +518,9 @@ class Experiment:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
         self.args, self.dataset, self.clip, self.tokenizer, self.results = args, dataset, clip, tokenizer, Results(args.out)
         self.names, self.template = dataset.classnames, args.template or dataset.template
-        weights, backbone = self.clip.sha256[:16], args.backbone.replace("/", "-") if args.backbone in clip_model.MODELS else pathlib.Path(args.backbone).stem
+        weights, backbone = self.clip.sha256[:16], pathlib.Path(args.backbone).stem
+        if args.backbone in clip_model.MODELS:
+            backbone = args.backbone.replace("/", "-")
         self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}.sqlite")
         train, val, test = self.dataset.train, self.dataset.val, self.dataset.test
         listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, val, test)]))
@@ -676,7 +679,8 @@ class Experiment:
             V = V[[known.index(name) for name in names]] if known and known != names else V
         position = old["position"] or self.args.position[0]
         g, (f, labels) = learned_features(self.clip, self.tokenizer, names, V, position), self.part(classes)
-        line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), V=f"{zlib.crc32(prompt['V'].numpy().tobytes()):08x}", learned_on=old["dataset"],
+        line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), learned_on=old["dataset"],
+                                   V=f"{zlib.crc32(prompt['V'].numpy().tobytes()):08x}",
                                    **{key: old[key] for key in ("M", "csc", "epochs", "views")}, position=position)}
         return self.once(line, lambda: {"accuracy": evaluate(f, g.cpu(), labels)}, f"learned on {old['dataset']}")
 
@@ -861,39 +865,38 @@ def parse(argv):
         return integer
 
     parser = argparse.ArgumentParser(
-        prog="coop.py", description="Learn the words of a CLIP prompt from a few images per class (CoOp, arXiv 2109.01134).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        prog="coop.py", description="Learn the words of a CLIP prompt from a few images per class (CoOp, arXiv 2109.01134).")
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a dataset, or a folder of class folders")
     source.add_argument("--demo", action="store_true", help="drawn textures and a small CLIP trained here, nothing to download")
-    add("--shots", type=at_least(0), nargs="+", default=[16], metavar="N", help="training images per class; 0: zero-shot only")
-    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start, the batches and --noise")
-    add("--backbone", help=f"a weight file or one of {', '.join(clip_model.MODELS)}; RN50, or what --load was learned for")
-    add("--M", type=at_least(1), nargs="+", default=[16], metavar="M", help="number of context vectors, the paper's M")
-    add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands")
-    add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no", help="class-specific contexts")
+    add("--shots", type=at_least(0), nargs="+", default=[16], metavar="N", help="training images per class; 0: zero-shot only (%(default)s)")
+    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start, the batches and --noise (%(default)s)")
+    add("--backbone", help=f"a weight file or one of {', '.join(clip_model.MODELS)} (RN50, or what --load was learned for)")
+    add("--M", type=at_least(1), nargs="+", default=[16], metavar="M", help="number of context vectors, the paper's M (%(default)s)")
+    add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands (%(default)s)")
+    add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no", help="class-specific contexts (%(default)s; without a value yes)")
     add("--init", metavar="WORDS", help='start V from these words, "a photo of a", instead of noise; sets M')
-    add("--epochs", type=at_least(1), metavar="T", help="the paper's: 50 for 1 shot, 100 for 2 and 4, 200 for more")
-    add("--views", type=at_least(0), default=0, metavar="V", help="reuse V crops per image; 0: a fresh crop every epoch, as the paper")
-    add("--template", help="zero-shot prompt with {} for the class name; default: the dataset's")
-    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--precision", choices=list(PRECISIONS), help="of the image encoder: fp32 on CPU, fp16 on CUDA")
+    add("--epochs", type=at_least(1), metavar="T", help="passes over the images (the paper's: 50 for 1 shot, 100 for 2 and 4, 200 for more)")
+    add("--views", type=at_least(0), default=0, metavar="V", help="reuse V crops per image; 0: a fresh crop every epoch, as the paper (%(default)s)")
+    add("--template", help="zero-shot prompt with {} for the class name (the dataset's)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (%(default)s)")
+    add("--precision", choices=list(PRECISIONS), help="of the image encoder (fp32 on CPU, fp16 on CUDA)")
     add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, or the rest; "
-        "a unified V learned on base is tested on both")
+        "a unified V learned on base is tested on both (%(default)s)")
     add("--probe", action="store_true", help="also a linear probe on the image features")
     add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
-    add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels")
-    add("--noise", type=float, default=0.0, metavar="SHARE", help="make this share of the training labels wrong")
-    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="stay near the hand-written prompt (KgCoOp: 8)")
+    add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels (%(default)s)")
+    add("--noise", type=float, default=0.0, metavar="SHARE", help="make this share of the training labels wrong (%(default)s)")
+    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="stay near the hand-written prompt (KgCoOp: 8; %(default)s)")
     add("--again", action="store_true", help="repeat runs whose result is known")
     add("--load", type=pathlib.Path, metavar="PROMPT", help="use a learned prompt: with --data, --predict, --export or --words")
     add("--predict", nargs="+", metavar="IMAGE", help="the likeliest classes of pictures, or of all pictures in folders")
     add("--json", action="store_true", help="--predict as JSON lines")
     add("--export", type=pathlib.Path, metavar="FILE.npz", help="text features and constants, enough for numpy")
     add("--words", type=at_least(1), metavar="N", help="the N vocabulary entries nearest to each context vector")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="results.jsonl and the learned prompts")
-    add("--cache", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "coop", metavar="DIR", help="image features; the demo")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR", help="results.jsonl and the learned prompts (%(default)s)")
+    add("--cache", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "coop", metavar="DIR", help="image features; the demo (%(default)s)")
     add("--no-cache", action="store_true", help="encode all images again and keep nothing")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")           # one line
     args = parser.parse_args(argv)
