@@ -690,17 +690,22 @@ class Experiment:
 def predict(prompt, clip, paths, as_json):
     """The five likeliest classes, with probabilities (equation 1), of each picture in files and folders.
     They are probabilities among these K names: a picture of something else gets one of them, too.
+    Pictures that cannot be read do not stop the others; they are named at the end (ValueError).
     """
+    unreadable = []
+
     def pictures():
         for path in map(pathlib.Path, paths):
             if not path.exists():
                 raise ValueError(f"{path}: no such file or folder")
-            yield from (path for path in sorted(path.rglob("*")) if data.is_image(path)) if path.is_dir() else [path]
+            for file in (file for file in sorted(path.rglob("*")) if data.is_image(file)) if path.is_dir() else [path]:
+                try:
+                    data.read_image(file)                # a look ahead: decoding is cheap beside encoding
+                    yield file
+                except ValueError as error:
+                    unreadable.append(error)
 
-    g, names, files = prompt["text_features"].to(clip.device), prompt["classnames"], pictures()
-    if (first := next(files, None)) is None:
-        raise ValueError(f"no pictures in {', '.join(paths)}")
-    files = itertools.chain([first], files)
+    g, names, files, count = prompt["text_features"].to(clip.device), prompt["classnames"], pictures(), 0
     while chunk := list(itertools.islice(files, 32)):    # a folder of thousands streams
         f = image_features(clip, [(path, [TEST]) for path in chunk], what="encoding pictures").to(g.device)
         chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
@@ -708,6 +713,11 @@ def predict(prompt, clip, paths, as_json):
             best = [(names[i], round(row[i].item(), 4)) for i in row.topk(min(5, len(names))).indices.tolist()]
             print(json.dumps({"image": str(path), "classes": best}) if as_json else
                   f"{path}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
+        count += len(chunk)
+    for error in unreadable[:-1]:
+        print(f"note: {error}", file=sys.stderr)
+    if unreadable or not count:
+        raise unreadable[-1] if unreadable else ValueError(f"no pictures in {', '.join(paths)}")
 
 
 def export(prompt, file):

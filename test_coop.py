@@ -1242,6 +1242,12 @@ def test_predict_and_export(world, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     code, _, err = command(["--load", prompt, "--predict", str(tmp_path / "nothing"), "--device", "cpu"], tmp_path, capsys)
     assert code == 2 and "no pictures in" in err
+    for name in ("a.png", "z.jpg"):                      # the readable ones are classified all the same
+        (tmp_path / "nothing" / name).write_bytes(b"broken")
+    Image.new("RGB", (70, 60)).save(tmp_path / "nothing" / "m.png")
+    code, printed, err = command(["--load", prompt, "--predict", str(tmp_path / "nothing"), "--device", "cpu"], tmp_path, capsys)
+    assert code == 2 and printed.count(" %") == 3 and "m.png" in printed
+    assert re.search(r"note: cannot read image .*a\.png.*\nerror: cannot read image .*z\.jpg", err)
 
 
 @pytest.mark.parametrize("csc", [False, True])
