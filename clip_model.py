@@ -414,7 +414,7 @@ def load(name_or_path, device="cpu"):
         raise ValueError(f"unknown backbone {name_or_path!r}: neither a file nor one of {', '.join(MODELS)}")
     digest = sha256(path)
     try:
-        sd = tensors(read_archive(path))
+        _, sd = read_archive(path)
     except ValueError:
         if digest not in (known for _, known in MODELS.values()):
             raise
@@ -431,10 +431,8 @@ def fetch(name):
     """Path of OpenAI's file in ~/.cache/clip, downloaded if it is missing or damaged."""
     file, known = MODELS[name]
     path, url = pathlib.Path.home() / ".cache" / "clip" / file, URL.format(sha256=known, file=file)
-    if path.is_file():
-        if sha256(path) == known:
-            return path
-        print(f"{path} is damaged (wrong checksum), fetching it again", file=sys.stderr)
+    if path.is_file() and sha256(path) == known:
+        return path
     print(f"downloading {name} from {url} to {path}", file=sys.stderr)
     try:                                           # checks the sum, then renames: whole or not there
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -445,11 +443,7 @@ def fetch(name):
 
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Inert:
@@ -483,22 +477,6 @@ class Reader(pickle._Unpickler):                                        # not th
         self.archive, self.root, self.storages = archive, name[:-len("data.pkl")], {}
         super().__init__(io.BytesIO(self.member(name)))
 
-    def load(self):
-        """The object; the tensors in its dicts and modules are made now, and are no larger than the file in all."""
-        todo, seen, room = [super().load()], set(), os.path.getsize(self.archive.filename)
-        for obj in todo:                                                # grows while it is walked
-            members = obj if isinstance(obj, dict) else getattr(obj, "__dict__", {})
-            for name, value in members.items() if id(members) not in seen else ():
-                if isinstance(value, Later):
-                    members[name] = self.tensor(self.storage(value.args[0]), *value.args[1:])
-                    room -= members[name].nbytes
-                    if room < 0:
-                        raise pickle.UnpicklingError("tensors larger than the file")
-                elif isinstance(value, (dict, Inert)):
-                    todo.append(value)
-            seen.add(id(members))
-        return todo[0]
-
     def member(self, name):
         if self.archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError(f"{name} is compressed and might unpack to any size")
@@ -522,39 +500,35 @@ class Reader(pickle._Unpickler):                                        # not th
     def persistent_load(self, pid):
         return pid
 
-    def storage(self, pid):
-        _, dtype, key, _, _ = pid                                       # "storage", type, key, device, size
+    def tensor(self, storage, offset, size, stride, *_):
+        _, dtype, key, _, _ = storage                                   # "storage", type, key, device, size
         if key not in self.storages:
             data = bytearray(self.member(f"{self.root}data/{key}"))
             self.storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return self.storages[key]
-
-    @staticmethod
-    def tensor(storage, offset, size, stride, *_):
-        if torch.Size(size).numel() > len(storage):
+        if torch.Size(size).numel() > len(self.storages[key]):
             raise pickle.UnpicklingError("a tensor larger than its data")
-        return storage.as_strided(size, stride, offset)
+        return self.storages[key].as_strided(size, stride, offset)
 
 
 def read_archive(path):
-    """The object in a file written by torch.save or torch.jit.save, without running any code from it:
-    modules and optimisers come as Inert.  Raises ValueError for a damaged file or any other content.
+    """The object in a file written by torch.save or torch.jit.save, and its tensors {dotted name: tensor}, without
+    running any code from the file: modules and optimisers come as Inert.  In a state dict the names
+    are its keys, in a TorchScript module they are what its state dict would say.  Raises ValueError
+    for a damaged file or any other content.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return Reader(archive).load()
+            reader, tensors, seen = Reader(archive), {}, set()
+            todo = [("", reader.load())]
+            for prefix, part in todo:              # grows while it is walked; each object is looked into once
+                for name, value in (part if isinstance(part, dict) else getattr(part, "__dict__", {})).items():
+                    if isinstance(value, Later):
+                        tensors[f"{prefix}{name}"] = reader.tensor(*value.args)
+                    elif isinstance(value, (dict, Inert)) and id(value) not in seen and len(prefix) < 200:
+                        seen.add(id(value))
+                        todo.append((f"{prefix}{name}.", value))
+            if sum(tensor.nbytes for tensor in tensors.values()) > os.path.getsize(path):
+                raise pickle.UnpicklingError("tensors larger than the file")
+            return todo[0][1], tensors
     except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way; none is our caller's
         raise ValueError(f"{path} cannot be read as weights (cut short, damaged or of another kind): {error}") from None
-
-
-def tensors(obj):
-    """{dotted name: tensor} of a state dict, or of a TorchScript module as Inert objects, each looked into once."""
-    found, todo, seen = {}, [("", obj)], set()
-    for prefix, part in todo:                      # grows while it is walked
-        for name, value in (part if isinstance(part, dict) else getattr(part, "__dict__", {})).items():
-            if isinstance(value, torch.Tensor):
-                found[f"{prefix}{name}"] = value
-            elif isinstance(value, Inert) and id(value) not in seen and len(prefix) < 200:
-                seen.add(id(value))
-                todo.append((f"{prefix}{name}.", value))
-    return found

@@ -26,7 +26,6 @@ import contextlib
 import datetime
 import functools
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -46,7 +45,7 @@ from torch import nn
 
 import clip_model
 import data
-from data import TEST
+from data import TEST, write
 from tokenizer import Tokenizer
 
 
@@ -226,23 +225,24 @@ def progress_line(what, total, advice=""):
 def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     """Features (number of crops, e) fp32 on the CPU of jobs [(path, [crop number, ...]), ...], in order.
 
-    What the cache (data.FeatureCache) holds is not computed again; what is computed is put there.
-    Crops are decoded by threads while the encoder works, and encoded in batches of one size whatever
-    image they come from.
+    What the cache (data.FeatureCache) holds is not computed again; what is computed is put there as
+    soon as an image is complete. Crops are decoded by threads while the encoder works, and encoded in
+    batches of one size whatever image they come from.
     """
     size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits a CPU's caches
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
     missing, rows, row = [], [], 0                       # rows: where the features of the missing crops go
-    for (path, numbers), known in zip(jobs, cache.get(jobs) if cache else [{}] * len(jobs)):
+    for path, numbers in jobs:
+        known = cache.get(path) if cache else {}
+        missing.append((path, [n for n in numbers if n not in known]))
         for n in numbers:
             if n in known:
-                features[row] = torch.from_numpy(known[n].copy())
+                features[row] = torch.from_numpy(known[n])
             else:
                 rows.append(row)
             row += 1
-        missing.append((path, [n for n in numbers if n not in known]))
 
-    found, say = data.crops(missing, clip.resolution), progress_line(what, len(rows), advice)
+    found, fresh, say = data.crops(missing, clip.resolution), {}, progress_line(what, len(rows), advice)
     with torch.inference_mode():
         for start in range(0, len(rows), size):
             paths, numbers, pixels = zip(*itertools.islice(found, size))
@@ -250,11 +250,12 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
             if not f.isfinite().all():
                 raise ValueError(f"features of {paths[0]} or its neighbours are not numbers: damaged weights, or too large for --precision")
             features[rows[start:start + size]] = f
-            if cache:
-                cache.put(paths, numbers, f.numpy())
+            for path, n, vector in zip(paths, numbers, f.numpy()) if cache else ():
+                fresh.setdefault(path, {})[n] = vector
+            while len(fresh) > (1 if start + size < len(rows) else 0):           # the last one may have more crops to come
+                path = next(iter(fresh))
+                cache.put(path, fresh.pop(path))
             say(start + len(paths))
-    if cache:
-        cache.flush()
     return features
 
 
@@ -353,18 +354,6 @@ class Results:
             file.write(start + b"".join(json.dumps(result).encode() + b"\n" for result in results))
 
 
-def write(path, save):
-    """What save(file) writes to a file, at path, whole or not at all: first in memory, then under a temporary name."""
-    content, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save(content)                                        # straight to a full disk torch.save would raise no OSError
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        temporary.write_bytes(content.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 USUAL = {"M": 16, "position": "end", "csc": False, "init": None, "views": 0, "loss": "ce", "noise": 0, "keep": 0}      # the paper's
 
 
@@ -374,10 +363,11 @@ def load_prompt(path):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
-    prompt = clip_model.read_archive(path)
-    if isinstance(prompt, dict) and isinstance(prompt.get("state_dict"), dict):
-        prompt = {"V": prompt["state_dict"].get("ctx"), "classnames": None, "settings": {}}
+    prompt, tensors = clip_model.read_archive(path)
     try:
+        prompt = {**prompt, **tensors}
+        if "state_dict" in prompt:
+            prompt = {"V": tensors["state_dict.ctx"], "classnames": None, "settings": {}}
         V, names, settings = prompt["V"], prompt["classnames"], prompt["settings"]
         sound = (V.dim() in (2, 3) and V.numel() and V.isfinite().all() and json.dumps(settings)
                  and settings.get("position", "end") in ("end", "middle", "front"))
@@ -391,15 +381,15 @@ def load_prompt(path):
     if not sound:
         raise ValueError(f"{path} holds no learned prompt (expected a file written by this program or by the official code)")
     told = {"M": V.shape[-2], "csc": V.dim() == 3, "position": None, "shots": None, "seed": None, "epochs": None, "dataset": None}
-    return {**prompt, "V": V.float(), "settings": {**USUAL, **told, **prompt["settings"]}}
+    return {**prompt, "V": V.float(), "settings": {**USUAL, **told, **settings}}
 
 
 def saved_settings(path):
-    """The settings of the run that left its prompt at path; None if there is none, or a damaged one."""
+    """The settings of the run that left its prompt at path; {} if there is none, or a damaged one."""
     try:
         return load_prompt(path)["settings"]
     except (ValueError, OSError):
-        return None
+        return {}
 
 
 def unusual(r):
@@ -514,44 +504,48 @@ class Experiment:
     """
 
     def __init__(self, args, dataset, clip, tokenizer):
-        if max(args.shots) and not dataset.train and not args.load:
-            raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
         self.args, self.dataset, self.clip, self.tokenizer, self.results = args, dataset, clip, tokenizer, Results(args.out)
         self.names, self.template = dataset.classnames, args.template or dataset.template
-        weights, backbone = self.clip.sha256[:16], pathlib.Path(args.backbone).stem
-        if args.backbone in clip_model.MODELS:
-            backbone = args.backbone.replace("/", "-")
-        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}.sqlite")
-        train, val, test = self.dataset.train, self.dataset.val, self.dataset.test
-        listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, val, test)]))
-        self.common = {"dataset": self.dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone,
+        self.seconds = 0.0                               # spent on the test images
+        weights, train = clip.sha256[:16], dataset.train
+        backbone = args.backbone.replace("/", "-") if args.backbone in clip_model.MODELS else pathlib.Path(args.backbone).stem
+        self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}")
+        listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, dataset.val, dataset.test)]))
+        self.common = {"dataset": dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone,
                        "weights": weights, "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
-        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in self.clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
-              f"{args.precision}\n{self.dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(test)} test images")
-        if max(args.shots) and not args.load:
-            variants = list(itertools.product(args.M, args.position, args.csc))
-            for names in (self.names, self.names_of(args.classes)):      # all names must fit, these are learned
-                learners = [PromptLearner(self.clip, self.tokenizer, names, *variant, args.init) for variant in variants]
-            shapes = dict.fromkeys(f"{tuple(learner.V.shape)}, {learner.V.numel():,} numbers" for learner in learners)
-            print(f"to learn: V {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, "
-                  + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
-            smallest = min(collections.Counter(label for _, label in train).values())
-            if smallest < max(args.shots):
-                print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; of class folders without "
-                      "train/ and test/, half of the images are for training)")
+        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
+              f"{args.precision}\n{dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(dataset.test)} test images")
         if self.cache:
-            print(f"feature cache: {self.cache.path}, {self.cache.path.stat().st_size / 2 ** 20:.0f} MB")
-        start = time.time()
-        if args.world > 1:                               # each process encodes its share of the images into the cache
-            self.encode(test[args.rank::args.world])
-            torch.distributed.barrier()
-        self.test, self.seconds = self.encode(test), round(time.time() - start, 2)
+            size = sum(file.stat().st_size for file in self.cache.folder.iterdir())
+            print(f"feature cache: {self.cache.folder}, {size / 2 ** 20:.0f} MB")
+        if args.load or not max(args.shots):
+            return
+        if not train:
+            raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
+        for names in (self.names, self.names_of(args.classes)):          # all names must fit, these are learned
+            learners = [PromptLearner(clip, tokenizer, names, M, position, csc, args.init)
+                        for M, position, csc in itertools.product(args.M, args.position, args.csc)]
+        shapes = dict.fromkeys(f"{tuple(learner.V.shape)}, {learner.V.numel():,} numbers" for learner in learners)
+        print(f"to learn: V {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, "
+              + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
+        smallest = min(collections.Counter(label for _, label in train).values())
+        if smallest < max(args.shots):
+            print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; of class folders without "
+                  "train/ and test/, half of the images are for training)")
 
     def encode(self, items):
         """Features (N, e) of the test crops of items, and their labels (N,)."""
         return (image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache, "encoding images"),
                 torch.tensor([label for _, label in items]))
+
+    @functools.cached_property
+    def test(self):
+        """encode() of the test images: once for all runs, when the first one asks."""
+        start = time.time()
+        encoded = self.encode(self.dataset.test)
+        self.seconds = round(time.time() - start, 2)
+        return encoded
 
     def names_of(self, classes):
         return [self.names[label] for label in data.subset(len(self.names), classes)]
@@ -576,12 +570,9 @@ class Experiment:
         """What results.jsonl says of a run, but for what only the run can tell. It holds all that could change
         the result: two runs with the same line are the same run.
         """
-        blank = dict.fromkeys(("M", "position", "csc", "epochs", "views"))
-        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": len(self.part(classes)[1]),
-                **blank, **self.common, **more}
-
-    def known(self, line):
-        return None if self.args.again else self.results.find(line)
+        kept = set(data.subset(len(self.names), classes))
+        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": sum(label in kept for _, label in self.dataset.test),
+                **dict.fromkeys(("M", "position", "csc", "epochs", "views")), **self.common, **more}
 
     def show(self, lines, note):
         """Results, on base and on new classes where there are two, to the screen -> the same lines."""
@@ -592,36 +583,46 @@ class Experiment:
             print(f"  harmonic mean of base and new: {statistics.harmonic_mean([r['accuracy'] for r in lines]):.2f} %")
         return lines
 
-    def once(self, line, measure, note):
-        """The result with these settings, known or new; measure() -> what it adds to the line."""
-        if known := self.known(line):
-            return self.show([known], f"{note} (known; --again repeats it)")
-        line = {**line, "seconds_images": self.seconds, "seconds_training": 0.0, **measure()}
-        self.results.add([line])
-        return self.show([line], note)
+    def once(self, lines, measure, note, saved=True):
+        """Results with these settings: those known, unless a prompt that belongs to them is not saved, or new ones.
+        measure() -> what it adds to each line, and more to the note.
+        """
+        known = [None if self.args.again else self.results.find(line) for line in lines]
+        if all(known) and saved:
+            return self.show(known, f"{note} (known; --again repeats it)".strip())
+        measured, more = measure()
+        lines = [{**line, "seconds_images": self.seconds, "seconds_training": 0.0, **found} for line, found in zip(lines, measured)]
+        self.results.add(lines)
+        return self.show(lines, note + more)
+
+    def accuracy(self, V, position, classes):
+        """Percent of the test images of these classes that prompts with this V get right, and the prompts' features."""
+        g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(classes), V, position), self.part(classes)
+        return evaluate(f, g.cpu(), labels), g
 
     def hand_written(self, classes):
         return F.normalize(zero_shot(self.clip, self.tokenizer, self.template, self.names_of(classes)), dim=-1)
 
     def zero_shot(self, classes):
         """CLIP as it is, with the hand-written prompt."""
-        f, labels = self.part(classes)
-        return self.once(self.line("zero-shot", 0, None, classes, template=self.template),
-                         lambda: {"accuracy": evaluate(f, self.hand_written(classes).cpu(), labels)}, f'"{self.template}"')
+        def measure():
+            f, labels = self.part(classes)
+            return [{"accuracy": evaluate(f, self.hand_written(classes).cpu(), labels)}], ""
+        return self.once([self.line("zero-shot", 0, None, classes, template=self.template)], measure, f'"{self.template}"')
 
     def probe(self, shots, seed):
         """A linear classifier on the image features, test crops for training too."""
         def measure():
-            start, drawn = time.time(), self.draw(shots, seed)
+            start, drawn, (f, labels) = time.time(), self.draw(shots, seed), self.part(self.args.classes)
             if not drawn[1]:
                 raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
             sets = [self.encode(items) for items in drawn]
-            encoded, (f, labels) = time.time(), self.part(self.args.classes)
+            encoded = time.time()
             W, b, C = linear_probe(*sets)
             right = (f.double() @ W.T + b).argmax(-1) == labels
-            return {"accuracy": 100 * right.double().mean().item(), "C": C, "seconds_images": round(encoded - start, 2),
-                    "seconds_training": round(time.time() - encoded, 2)}
-        return self.once(self.line("linear-probe", shots, seed, self.args.classes), measure, "C chosen on the validation images")
+            return [{"accuracy": 100 * right.double().mean().item(), "C": C, "seconds_images": round(encoded - start, 2),
+                     "seconds_training": round(time.time() - encoded, 2)}], f", C = {C:.3g}"
+        return self.once([self.line("linear-probe", shots, seed, self.args.classes)], measure, "C chosen on the validation images")
 
     def coop(self, M, position, csc, shots, seed):
         """One run of CoOp: draw the shots, learn V, test it, save it; nothing if that is done already.
@@ -632,39 +633,31 @@ class Experiment:
         args, names, T = self.args, self.names_of(self.args.classes), self.args.epochs or epochs(shots, self.dataset.name)
         torch.manual_seed(seed)
         learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
-        line = self.line("coop", shots, seed, args.classes, M=learner.V.shape[-2], position=position, csc=csc, init=args.init, epochs=T,
-                         views=args.views, loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
-        lines, file = [line], args.out / file_name(line)
-        if args.classes == "base" and not csc:           # a unified context goes with names that it never saw, too
-            lines.append({**line, "classes": "new", "n_test": len(self.part("new")[1])})
-        known = [self.known(r) for r in lines]
-        if (saved := saved_settings(file)) and not self.results.same(saved, line):       # the same name, but other images, weights, ...
-            settings = {key: line[key] for key in sorted(line.keys() - self.results.MEASURED)}
-            file = file.with_stem(f"{file.stem}-{zlib.crc32(json.dumps(settings).encode()):08x}")
-            saved = saved_settings(file)
-        if all(known) and saved:
-            return self.show(known, "(known; --again repeats it)")
+        tested_on = [args.classes] + ["new"] * (args.classes == "base" and not csc)       # a unified V goes with names it never saw, too
+        lines = [self.line("coop", shots, seed, classes, M=learner.V.shape[-2], position=position, csc=csc, init=args.init, epochs=T,
+                           views=args.views, loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
+                 for classes in tested_on]
+        file = args.out / file_name(lines[0])
 
-        start, (items, _) = time.time(), self.draw(shots, seed)
-        if not items or not all(r["n_test"] for r in lines):
-            raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
-        features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
-        labels = torch.tensor(data.mislabel([label for _, label in items], args.noise, len(names), seed), device=self.clip.device)
-        hand = self.hand_written(args.classes) if args.keep else None
-        encoded, say = time.time(), progress_line("learning V, epochs", T)
-        train(self.clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, hand,
-              lambda n, loss, accuracy: say(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
-        V, trained = learner.V.detach(), time.time()
-        for r in lines:
-            g, (f, labels) = learned_features(self.clip, self.tokenizer, self.names_of(r["classes"]), V, position), self.part(r["classes"])
-            r |= {"accuracy": evaluate(f, g.cpu(), labels), "seconds_images": round(encoded - start, 2),
-                  "seconds_training": round(trained - encoded, 2)}
-        g = learned_features(self.clip, self.tokenizer, names, V, position)
-        write(file, lambda content: torch.save({
-            "V": V.cpu(), "classnames": names, "text_features": g.cpu(), "logit_scale": self.clip.logit_scale.cpu(),
-            "resolution": self.clip.resolution, "path": str(args.backbone), "settings": line}, content))
-        self.results.add(lines)                          # last: a line in the file says that the prompt is whole
-        return self.show(lines, f"images {encoded - start:.1f} s, training {trained - encoded:.1f} s -> {file}")
+        def measure():
+            start, (items, _) = time.time(), self.draw(shots, seed)
+            if not items or not all(line["n_test"] for line in lines):
+                raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
+            features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
+            labels = torch.tensor(data.mislabel([label for _, label in items], args.noise, len(names), seed), device=self.clip.device)
+            hand = self.hand_written(args.classes) if args.keep else None
+            encoded, say = time.time(), progress_line("learning V, epochs", T)
+            train(self.clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, hand,
+                  lambda n, loss, accuracy: say(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
+            V, seconds = learner.V.detach(), {"seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
+            tests = [self.accuracy(V, position, classes) for classes in tested_on]
+            measured = [{**seconds, "accuracy": accuracy} for accuracy, _ in tests]
+            write(file, lambda content: torch.save({
+                "V": V.cpu(), "classnames": names, "text_features": tests[0][1].cpu(), "logit_scale": self.clip.logit_scale.cpu(),
+                "resolution": self.clip.resolution, "path": str(args.backbone), "settings": {**lines[0], **measured[0]}}, content))
+            return measured, f"images {seconds['seconds_images']:.1f} s, training {seconds['seconds_training']:.1f} s -> {file}"
+        # A prompt of that name may be lost, or from other images or weights: then the run is repeated.
+        return self.once(lines, measure, "", self.results.same(saved_settings(file), lines[0]))
 
     def transfer(self, prompt, classes):
         """A learned prompt on this dataset, without training: a unified V goes with any class names, as "a photo
@@ -678,11 +671,10 @@ class Experiment:
                                  f"{strangers[0] if strangers else 'others'!r}; only a unified prompt goes with other classes")
             V = V[[known.index(name) for name in names]] if known and known != names else V
         position = old["position"] or self.args.position[0]
-        g, (f, labels) = learned_features(self.clip, self.tokenizer, names, V, position), self.part(classes)
         line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), learned_on=old["dataset"],
                                    V=f"{zlib.crc32(prompt['V'].numpy().tobytes()):08x}",
                                    **{key: old[key] for key in ("M", "csc", "epochs", "views")}, position=position)}
-        return self.once(line, lambda: {"accuracy": evaluate(f, g.cpu(), labels)}, f"learned on {old['dataset']}")
+        return self.once([line], lambda: ([{"accuracy": self.accuracy(V, position, classes)[0]}], ""), f"learned on {old['dataset']}")
 
 
 # ---- Using a learned prompt ---------------------------------------------------------------------
@@ -692,28 +684,20 @@ def predict(prompt, clip, paths, as_json):
     They are probabilities among these K names: a picture of something else gets one of them, too.
     Pictures that cannot be read do not stop the others; they are named at the end (ValueError).
     """
-    unreadable = []
-
-    def pictures():
-        for path in map(pathlib.Path, paths):
-            if not path.exists():
-                raise ValueError(f"{path}: no such file or folder")
-            for file in (file for file in sorted(path.rglob("*")) if data.is_image(file)) if path.is_dir() else [path]:
-                try:
-                    data.read_image(file)                # a look ahead: decoding is cheap beside encoding
-                    yield file
-                except ValueError as error:
-                    unreadable.append(error)
-
-    g, names, files, count = prompt["text_features"].to(clip.device), prompt["classnames"], pictures(), 0
-    while chunk := list(itertools.islice(files, 32)):    # a folder of thousands streams
-        f = image_features(clip, [(path, [TEST]) for path in chunk], what="encoding pictures").to(g.device)
-        chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
-        for path, row in zip(chunk, chances):
-            best = [(names[i], round(row[i].item(), 4)) for i in row.topk(min(5, len(names))).indices.tolist()]
-            print(json.dumps({"image": str(path), "classes": best}) if as_json else
-                  f"{path}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
-        count += len(chunk)
+    g, names, unreadable, count = prompt["text_features"].to(clip.device), prompt["classnames"], [], 0
+    for path in map(pathlib.Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        for file in filter(data.is_image, sorted(path.rglob("*"))) if path.is_dir() else [path]:
+            try:
+                f = image_features(clip, [(file, [TEST])]).to(g.device)
+            except ValueError as error:
+                unreadable.append(error)
+                continue
+            chances, count = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)[0], count + 1
+            best = [(names[i], round(chances[i].item(), 4)) for i in chances.topk(min(5, len(names))).indices.tolist()]
+            print(json.dumps({"image": str(file), "classes": best}) if as_json else
+                  f"{file}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
     for error in unreadable[:-1]:
         print(f"note: {error}", file=sys.stderr)
     if unreadable or not count:
@@ -844,11 +828,11 @@ def run(args):
     runs = [(experiment.zero_shot, [classes]) for classes in [args.classes] + ["new"] * (args.classes == "base")]
     runs += [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in itertools.product(args.M, args.position, args.csc) for draw in draws]
-    if args.world > 1:                                   # every process encodes its share of the crops of all runs
+    if args.world > 1:                                   # each process encodes its share of all images into the cache
+        jobs = [(path, [TEST]) for path, _ in experiment.dataset.test]
         for shots, seed in draws:
-            T = args.epochs or epochs(shots, experiment.dataset.name)
-            jobs = training_jobs(experiment.draw(shots, seed)[0], T, args.views, seed)
-            image_features(experiment.clip, jobs[args.rank::args.world], experiment.cache)
+            jobs += training_jobs(experiment.draw(shots, seed)[0], args.epochs or epochs(shots, experiment.dataset.name), args.views, seed)
+        image_features(experiment.clip, jobs[args.rank::args.world], experiment.cache)
         torch.distributed.barrier()
     found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
     if args.world > 1:                                   # the table shows the runs of all
@@ -910,31 +894,25 @@ def parse(argv):
     add("--no-cache", action="store_true", help="encode all images again and keep nothing")
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")           # one line
     args = parser.parse_args(argv)
-    if not (args.data or args.demo or args.load):
-        parser.error("one of --data, --demo and --load is needed")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if args.demo and args.backbone:
-        parser.error("--demo trains a model of its own: leave out --backbone")
-    if args.load and not (args.data or args.demo or args.predict or args.export or args.words):
-        parser.error("--load needs something to do: --data, --predict, --export or --words")
-    if args.load and (args.plot or args.probe):
-        parser.error("--plot and --probe go with training, not with --load")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if (args.predict or args.export or args.words) and not args.load:
-        parser.error("--predict, --export and --words need --load PROMPT")
-    if args.json and not args.predict:
-        parser.error("--json goes with --predict")
-    if not 0 <= args.noise <= 1 or not 0 <= args.keep < math.inf:
-        parser.error("--noise is a share between 0 and 1, --keep a weight of 0 or more")
+    for wrong, message in (
+            (not (args.data or args.demo or args.load), "one of --data, --demo and --load is needed"),
+            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here; use --device cpu"),
+            (args.demo and args.backbone, "--demo trains a model of its own: leave out --backbone"),
+            (args.load and not (args.data or args.demo or args.predict or args.export or args.words),
+             "--load needs something to do: --data, --predict, --export or --words"),
+            (args.load and (args.plot or args.probe), "--plot and --probe go with training, not with --load"),
+            (args.plot and importlib.util.find_spec("matplotlib") is None, "--plot needs matplotlib: pip install matplotlib"),
+            ((args.predict or args.export or args.words) and not args.load, "--predict, --export and --words need --load PROMPT"),
+            (args.json and not args.predict, "--json goes with --predict"),
+            (not 0 <= args.noise <= 1 or not 0 <= args.keep < math.inf, "--noise is a share between 0 and 1, --keep a weight of 0 or more"),
+            (args.template is not None and "{}" not in args.template, "--template needs {} where the class name goes")):
+        if wrong:
+            parser.error(message)
     args.M = args.M if args.init is None else args.M[:1]                 # the words of --init set M
     for key in ("M", "position", "shots", "seeds"):                      # named twice is still one run
         setattr(args, key, list(dict.fromkeys(getattr(args, key))))
     args.csc = {"yes": [True], "no": [False], "both": [False, True]}[args.csc]
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
-    if args.template is not None and "{}" not in args.template:
-        parser.error("--template needs {} where the class name goes")
     return args
 
 

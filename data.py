@@ -15,10 +15,10 @@ Needs torch, numpy and pillow, and none of its neighbours.
 """
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -26,11 +26,8 @@ import os
 import pathlib
 import random
 import shutil
-import sqlite3
 import sys
 import tarfile
-import time
-import zlib
 
 import numpy as np
 import torch
@@ -176,68 +173,57 @@ def normalise(pixels):
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-class FeatureCache:
-    """Feature vectors on disk, by image file and crop number, in one SQLite file for one set of weights.
+def write(path, save):
+    """What save(file) writes to a file, at path, whole or not at all: first in memory, then under a temporary name."""
+    content, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save(content)                                        # straight to a full disk torch.save would raise no OSError
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.write_bytes(content.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    SQLite makes every group of rows whole or absent, and lets several processes share the file.
-    A file counts as the same while its path, size and time of change are; a row whose checksum is
-    wrong counts as absent, and a file that SQLite calls damaged is thrown away and started anew.
-    Every access opens the file and closes it again, so that nothing is held through threads or forks.
+
+class FeatureCache:
+    """Feature vectors of crops on disk, a file per image, in a folder for one set of weights.
+
+    An image counts as the same while its path, size and time of change are. A file that is damaged
+    counts as absent. Several processes may share the folder: each file is replaced as a whole, and if
+    two write the same one, what the slower one did not know is computed again another time.
 
     The key tells the image and the number of the crop, and nothing of this program: who changes
-    train_crop, test_crop or normalise must give the file another name (Experiment in coop.py), or
+    train_crop, test_crop or normalise must give the folder another name (Experiment in coop.py), or
     will be handed what the old code saw.
     """
 
-    def __init__(self, path):
-        self.path, self.waiting, self.written = pathlib.Path(path), [], time.time()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.sql("SELECT 1")
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-    def sql(self, command, rows=((),)):
-        table = "CREATE TABLE IF NOT EXISTS features (image TEXT, n INTEGER, crc INTEGER, vector BLOB, PRIMARY KEY (image, n))"
-        try:
-            with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as db, db:
-                db.execute(table)
-                return [row for parameters in rows for row in db.execute(command, parameters)]
-        except sqlite3.DatabaseError as error:
-            if type(error) is not sqlite3.DatabaseError:        # a full disk, a lock, no permission, ...
-                raise OSError(f"feature cache {self.path}: {error}") from None
-            print(f"feature cache {self.path} is damaged ({error}): starting it anew", file=sys.stderr)
-            for file in (self.path, self.path.with_name(self.path.name + "-journal")):
-                file.unlink(missing_ok=True)
-            return self.sql(command, rows)
-
-    @staticmethod
-    def checksum(key, n, content):
-        return zlib.crc32(f"{key} {n} ".encode() + content)
-
-    @staticmethod
-    def key(path):
+    def file(self, path):
         stat = os.stat(path)
-        return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+        key = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+        return self.folder / (hashlib.sha256(os.fsencode(key)).hexdigest()[:32] + ".npz")
 
-    def get(self, jobs):
-        """For each of jobs [(path, [crop number, ...]), ...] {crop number: vector}, as far as they are known."""
-        keys = [self.key(path) for path, _ in jobs]
-        found = {key: {} for key in keys}
-        for key, n, crc, vector in self.sql("SELECT image, n, crc, vector FROM features WHERE image = ? AND n BETWEEN ? AND ?", [
-                (key, min(numbers), max(numbers)) for key, (_, numbers) in zip(keys, jobs) if numbers]):
-            if isinstance(vector, bytes) and self.checksum(key, n, vector) == crc:
-                found[key][n] = np.frombuffer(vector, np.float32)
-        return [found[key] for key in keys]
+    def get(self, path):
+        """{crop number: vector (e,) float32} of one image, as far as they are known."""
+        file = self.file(path)
+        try:
+            with np.load(file) as found:
+                if found.zip.testzip():                  # compares all checksums
+                    raise ValueError("wrong checksum")
+                return dict(zip(found["numbers"].tolist(), found["vectors"]))
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way
+            print(f"feature cache: {file} is damaged ({error}): encoding {path} again", file=sys.stderr)
+            return {}
 
-    def put(self, paths, numbers, vectors):
-        """Remember vectors (B, e) float32 of crops numbers[i] of paths[i]; written every ten seconds."""
-        for path, n, vector in zip(paths, numbers, vectors):
-            key, content = self.key(path), vector.tobytes()
-            self.waiting.append((key, n, self.checksum(key, n, content), content))
-        if time.time() - self.written > 10:
-            self.flush()
-
-    def flush(self):
-        self.sql("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", self.waiting)
-        self.waiting, self.written = [], time.time()
+    def put(self, path, vectors):
+        """Remember {crop number: vector (e,) float32} of one image, beside those known before."""
+        vectors = self.get(path) | vectors
+        write(self.file(path), lambda file: np.savez(file, numbers=list(vectors), vectors=np.stack(list(vectors.values()))))
 
 
 # ---- Readers ------------------------------------------------------------------------------------
@@ -261,15 +247,16 @@ KNOWN = {   # split file: (name, image folder, template)
 def load_dataset(root):
     """The dataset in a folder, by the first reader that fits (README, "Your own images").
 
-    Raises ValueError, with what was expected, if none does or if the files contradict each other.
+    Raises ValueError, with what was expected, if none does, if the files contradict each other, or if
+    the dataset cannot be worked with: said now, not after an hour of encoding.
     """
     root = pathlib.Path(root).resolve()
     if root.name == "dtd":
         download_dtd(root)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder (expected a dataset, or class folders with images)")
-    splits = sorted(root.glob("split_zhou_*.json"))
-    if splits:
+    folders = {f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."}
+    if splits := sorted(root.glob("split_zhou_*.json")):
         dataset = read_split(root, splits[0])
     elif (root / "labels" / "train1.txt").is_file():
         dataset = read_dtd(root)
@@ -277,23 +264,14 @@ def load_dataset(root):
         dataset = read_aircraft(root)
     elif (root / "classnames.txt").is_file():
         dataset = read_imagenet(root)
-    elif (root / "test").is_dir() and ((root / "train").is_dir() or
-                                       {f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."} <= {"val", "test"}):
-        parts = [read_folders(root / p) if (root / p).is_dir() else {} for p in ("train", "val", "test")]
-        names = list(parts[0] or parts[2])
-        for part in parts:
-            if set(part) - set(names):
-                raise ValueError(f"{root}: class {min(set(part) - set(names))!r} has no folder in {root / 'train'}")
-        dataset = Dataset(root.name, names, *([(p, names.index(c)) for c in part for p in part[c]] for part in parts))
-    elif (root / "train").is_dir() and not any(map(is_image, os.listdir(root / "train"))):
+    elif {"train", "test"} <= folders or "test" in folders <= {"val", "test"}:
+        parts = [read_folders(root / part) if part in folders else [] for part in ("train", "val", "test")]
+        dataset = labelled(root.name, [key for _, key in parts[0] or parts[2]], parts)
+    elif "train" in folders and not any(map(is_image, os.listdir(root / "train"))):
         raise ValueError(f"{root} has train/ but no test/ beside it (or put all class folders into {root} itself, to have them split)")
     else:
         dataset = read_class_folders(root)
-    return check(dataset, root)
 
-
-def check(dataset, root):
-    """The dataset, or ValueError where it cannot be worked with: said now, not after an hour of encoding."""
     for label, name in enumerate(dataset.classnames):
         if not isinstance(name, str) or not name.strip() or not name.isprintable():
             raise ValueError(f"{root}: class {label} has the name {name!r}; expected printable text")
@@ -307,6 +285,17 @@ def check(dataset, root):
     return dataset
 
 
+def labelled(name, keys, parts, template=Dataset.template, classname=str):
+    """The Dataset of parts [(path, key), ...]: classes count in the order in which keys names them first; classname
+    makes a key readable.
+    """
+    labels = {key: label for label, key in enumerate(dict.fromkeys(keys))}
+    strangers = [(path, key) for part in parts for path, key in part if key not in labels]
+    if strangers:
+        raise ValueError(f"{name}: {strangers[0][0]} is of class {strangers[0][1]!r}, which is none of the {len(labels)} classes")
+    return Dataset(name, [classname(key) for key in labels], *([(path, labels[key]) for path, key in part] for part in parts), template)
+
+
 def read_split(root, file):
     """The paper's split files: {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}.
 
@@ -316,19 +305,17 @@ def read_split(root, file):
     name, folder, template = KNOWN.get(file.name, (root.name, "images", Dataset.template))
     try:
         split = json.loads(file.read_text(encoding="utf-8"))
-        parts = [[(root / folder / path, label, classname) for path, label, classname in split[part]]
-                 for part in ("train", "val", "test")]
-        pairs = {(type(label), label, classname) for part in parts for _, label, classname in part}
-        names = {label: classname for _, label, classname in pairs}
-        windows = [pathlib.PureWindowsPath(path) for part in split.values() for path, _, _ in part]      # knows both slashes
+        parts = [[(path, (label, classname)) for path, label, classname in split[part]] for part in ("train", "val", "test")]
+        windows = [pathlib.PureWindowsPath(path) for part in parts for path, _ in part]      # knows both slashes
         outside = [str(path) for path in windows if path.anchor or ".." in path.parts]
-        if {pair[:2] for pair in pairs} != {(int, label) for label in range(len(pairs))} or outside:
+        keys = sorted({key for part in parts for _, key in part})
+        if outside or [(type(label), label) for label, _ in keys] != [(int, label) for label in range(len(keys))]:
             raise ValueError(f"path {outside[0]!r} points outside" if outside else "labels are not 0 .. K - 1, with one name each")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
                          '{"train": [[path, label, class name], ...], "val": ..., "test": ...}') from None
-    return Dataset(name, [names[i] for i in range(len(names))],
-                   *([(path, label) for path, label, _ in part] for part in parts), template)
+    parts = [[(root / folder / path, key) for path, key in part] for part in parts]
+    return labelled(name, keys, parts, template, classname=lambda key: key[1])
 
 
 def read_dtd(root):
@@ -336,24 +323,20 @@ def read_dtd(root):
     print(f"{root}: no split_zhou_DescribableTextures.json, so DTD's own split 1 is used: accuracy does not "
           "compare with the paper's", file=sys.stderr)
     lines = [(root / "labels" / f"{part}1.txt").read_text().split() for part in ("train", "val", "test")]
-    names = sorted({line.split("/")[0] for part in lines for line in part})
-    return Dataset("dtd-split1", names, *([(root / "images" / line, names.index(line.split("/")[0])) for line in part]
-                                   for part in lines), "{} texture.")
+    parts = [[(root / "images" / line, line.split("/")[0]) for line in part] for part in lines]
+    return labelled("dtd-split1", sorted(key for part in parts for _, key in part), parts, "{} texture.")
+
+
+def read_lines(file):
+    """Stripped lines of a text file that are not empty."""
+    return [line.strip() for line in file.read_text().split("\n") if line.strip()]
 
 
 def read_aircraft(root):
     """FGVC Aircraft: variants.txt names the classes; the lists hold "1025794 707-320"."""
-    names = (root / "variants.txt").read_text().split("\n")
-    names = [name.strip() for name in names if name.strip()]
-    parts = []
-    for part in ("train", "val", "test"):
-        lines = (root / f"images_variant_{part}.txt").read_text().split("\n")
-        pairs = [line.strip().split(" ", 1) for line in lines if line.strip()]
-        unknown = [pair for pair in pairs if pair[-1] not in names]
-        if unknown:
-            raise ValueError(f"{root / f'images_variant_{part}.txt'}: {' '.join(unknown[0])!r} names no class of variants.txt")
-        parts.append([(root / "images" / f"{image}.jpg", names.index(name)) for image, name in pairs])
-    return Dataset("fgvc_aircraft", names, *parts, "a photo of a {}, a type of aircraft.")
+    parts = [[line.partition(" ") for line in read_lines(root / f"images_variant_{part}.txt")] for part in ("train", "val", "test")]
+    parts = [[(root / "images" / f"{image}.jpg", variant) for image, _, variant in part] for part in parts]
+    return labelled("fgvc_aircraft", read_lines(root / "variants.txt"), parts, "a photo of a {}, a type of aircraft.")
 
 
 def read_imagenet(root):
@@ -362,21 +345,19 @@ def read_imagenet(root):
     classnames.txt: "n01440764 tench". Class folders are named n01440764, or 0 .. 999 (ImageNetV2) for
     the lines of classnames.txt. A and R hold 200 of the classes: those present are the classes.
     """
-    lines = [line.split(" ", 1) for line in (root / "classnames.txt").read_text().split("\n") if line.strip()]
-    names = {key: name.strip() for key, name in ((line[0], line[-1]) for line in lines)}
-    names |= {str(i): names[key] for i, key in enumerate(list(names))}
+    names = {key: name.strip() for key, _, name in (line.partition(" ") for line in read_lines(root / "classnames.txt"))}
+    names |= {str(i): name for i, name in enumerate(names.values())}
     folder = next((f for f in (root / "images", root) if (f / "train").is_dir() and (f / "val").is_dir()), None)
     if folder:
         train, test = read_folders(folder / "train"), read_folders(folder / "val")
     else:                                          # the images are in the one folder that has class folders
         inner = [f for f in sorted(root.iterdir()) if f.is_dir() and any(g.name in names for g in f.iterdir() if g.is_dir())]
-        train, test = {}, read_folders(inner[0] if inner else root)
-    keys = sorted(train or test, key=lambda key: (int(key), "") if key.isdigit() else (-1, key))
-    unknown = [key for key in {**train, **test} if key not in names or key not in keys]
+        train, test = [], read_folders(inner[0] if inner else root)
+    keys = sorted({key for _, key in train or test}, key=lambda key: (int(key), "") if key.isdigit() else (-1, key))
+    unknown = [key for key in keys if key not in names]
     if unknown:
-        raise ValueError(f"{root}: folder {unknown[0]} is not in classnames.txt or has no training images")
-    return Dataset("imagenet" if train else root.name, [names[key] for key in keys],
-                   *([(p, keys.index(key)) for key in keys for p in part.get(key, [])] for part in (train, {}, test)))
+        raise ValueError(f"{root}: folder {unknown[0]} is not in classnames.txt")
+    return labelled("imagenet" if train else root.name, keys, [train, [], test], classname=names.get)
 
 
 def is_image(path):
@@ -386,12 +367,9 @@ def is_image(path):
 
 
 def read_folders(folder):
-    """{class: sorted image paths} from folder/<class>/*; classes sorted, hidden files and text passed over."""
-    found = {}
-    for sub in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
-        images = sorted(f for f in os.listdir(sub) if is_image(f))
-        if images:
-            found[sub.name] = [sub / image for image in images]
+    """[(path, class), ...] from folder/<class>/*; classes and files sorted, hidden files and text passed over."""
+    found = [(sub / image, sub.name) for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")
+             for image in sorted(os.listdir(sub)) if is_image(image)]
     if not found:
         raise ValueError(f"{folder} has no class folders with images (expected {folder / '<class>' / '*.jpg'})")
     return found
@@ -409,15 +387,16 @@ def read_class_folders(root):
     """
     name, folder, template = next((k for k in KNOWN.values() if k[1] not in (".", "images", "jpg") and (root / k[1]).is_dir()),
                                   (root.name, "images" if (root / "images").is_dir() else ".", Dataset.template))
-    groups = {c: paths for c, paths in read_folders(root / folder).items() if name != "caltech-101" or c not in ("BACKGROUND_Google", "Faces_easy")}
+    found = [(path, c) for path, c in read_folders(root / folder) if name != "caltech-101" or c not in ("BACKGROUND_Google", "Faces_easy")]
     parts, rng = ([], [], []), random.Random(1)
-    for label, paths in enumerate(groups.values()):
-        rng.shuffle(paths)
-        ends = [0, round(0.5 * len(paths)), round(0.7 * len(paths)), len(paths)]
+    for _, group in itertools.groupby(found, key=lambda item: item[1]):
+        group = list(group)
+        rng.shuffle(group)
+        ends = [0, round(0.5 * len(group)), round(0.7 * len(group)), len(group)]
         for part, start, stop in zip(parts, ends, ends[1:]):
-            part += [(path, label) for path in paths[start:stop]]
+            part += group[start:stop]
     mended = MENDED if name in ("caltech-101", "eurosat") else {}
-    return Dataset(name, [mended.get(c, c) for c in groups], *parts, template)
+    return labelled(name, [c for _, c in found], parts, template, lambda c: mended.get(c, c))
 
 
 # ---- Downloading DTD ----------------------------------------------------------------------------
@@ -450,7 +429,12 @@ def download_dtd(root):
         if not (archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == DTD[1]):
             download(*DTD, archive, "600 MB")
         shutil.rmtree(folder, ignore_errors=True)
-        unpack(archive, folder)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)    # raises if a member leads outside; new in 3.10.12
+                tar.extractall(folder)
+        except tarfile.TarError as error:
+            raise ValueError(f"{archive}: {error}; nothing more is unpacked") from None
         (folder / "dtd").rename(root)              # only now is there a folder called dtd: it is complete
         folder.rmdir()
     split = root / "split_zhou_DescribableTextures.json"
@@ -459,21 +443,6 @@ def download_dtd(root):
             download(*DTD_SPLIT, split, "0.6 MB")
         except OSError as error:
             print(f"note: {error}", file=sys.stderr)
-
-
-def unpack(archive, folder):
-    """Unpack the plain files of a tar archive; one that would land outside the folder raises ValueError.
-    Links are left out: they could lead outside, and Windows may not make them.
-    """
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            target = (folder / member.name).resolve()
-            if not target.is_relative_to(folder.resolve()):
-                raise ValueError(f"{archive}: member {member.name!r} points outside; nothing more is unpacked")
-            if member.isfile():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(target, "wb") as file:
-                    shutil.copyfileobj(tar.extractfile(member), file)
 
 
 # ---- Drawn textures: a picture world for the demo, with nothing to download ---------------------
