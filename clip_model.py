@@ -127,7 +127,9 @@ class CLIP(nn.Module):
 
         Each token then meets the same positions and the same neighbours as in a sentence of its
         own, so it gets the same result.  The trunk, which being causal never sees a class name,
-        is computed once instead of K times; padding and the columns right of eot not at all.
+        is computed once per group instead of K times; padding and the columns right of eot not at
+        all.  Were the encoder not causal, sot and V would see the name, each prompt would need a trunk
+        of its own, and this function would quietly return wrong features.
 
         Many prompts are packed in groups of about GROUP tokens.  Past RECOMPUTE_ABOVE tokens in
         all, a group's activations are not stored but computed again in the backward pass: those in
@@ -154,10 +156,11 @@ class CLIP(nn.Module):
         order = torch.arange(P + len(own), device=own.device)           # place in the packed sequence
         position = torch.cat([order[:P], order[P:] - (ends - lengths - P)[branch]])
         branch = torch.cat([branch.new_full((P,), -1), branch])         # -1: the trunk
+        # In the example:  order 0 1 2 3 | 4 5 6 | 7 8 9 10 11,  branch -1 -1 -1 -1 | 0 0 0 | 1 1 1 1 1,  position as drawn.
         sees = ((branch == branch[:, None]) | (branch == -1)) & (order <= order[:, None])
         x = torch.cat([shared, own]) + self.positional_embedding[position]
         mask = torch.zeros_like(sees, dtype=x.dtype).masked_fill_(~sees, float("-inf"))
-        x = self.transformer(x[None], mask, rows=ends - 1)[0]      # only the K rows at eot
+        x = self.transformer(x[None], mask, rows=ends - 1)[0]           # eot, the last token of each branch: K rows
         return self.ln_final(x) @ self.text_projection
 
     @classmethod
@@ -179,7 +182,7 @@ class CLIP(nn.Module):
 
         try:
             e, conv1 = sd["text_projection"].shape[1], sd["visual.conv1.weight"]
-            if not count("transformer.resblocks.") or len(sd["text_projection"]) % 64:
+            if not count("transformer.resblocks.") or len(sd["text_projection"]) % 64 or "visual.proj" in sd and len(conv1) % 64:
                 raise ValueError("not the weights of a CLIP model: no text layers, or a width that is no multiple of 64")
             with torch.device("meta"):             # no memory and no random numbers: weights come below
                 if "visual.proj" in sd:
@@ -340,7 +343,7 @@ class ModifiedResNet(nn.Module):
     Its BatchNorm layers must stay in eval mode.  In training mode they normalise with the mean and
     variance of whatever batch they see and drift towards it: the "frozen" encoder would change with
     every step, and an image's features would depend on its neighbours.  Freezing the weights does
-    not prevent that, eval() does; here prepare() leaves no BatchNorm behind at all.
+    not prevent that, eval() does; here prepare() leaves no BatchNorm behind at all.  (A ViT has none.)
     """
 
     def __init__(self, resolution, layers, width, e):
@@ -389,6 +392,9 @@ def prepare(clip, image_dtype=torch.float32):
 
 
 # ---- Weight files -------------------------------------------------------------------------------
+#
+# Nothing below teaches CLIP: skip it on a first reading. It fetches OpenAI's files and reads them
+# without running the code that such files may carry.
 
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
 MODELS = {   # name: (file, SHA-256)
@@ -433,7 +439,7 @@ def fetch(name):
     path, url = pathlib.Path.home() / ".cache" / "clip" / file, URL.format(sha256=known, file=file)
     if path.is_file() and sha256(path) == known:
         return path
-    print(f"downloading {name} from {url} to {path}", file=sys.stderr)
+    print(f"downloading {name} from {url} to {path}" + " (the file there is damaged)" * path.is_file(), file=sys.stderr)
     try:                                           # checks the sum, then renames: whole or not there
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=known)
@@ -494,7 +500,7 @@ class Reader(pickle._Unpickler):                                        # not th
         if (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict"), ("__builtin__", "dict")):
             return lambda *_: OrderedDict()
         if module.split(".")[0] == "__torch__" or module.startswith(("torch.optim.", "dassl.")):
-            return type("Inert", (Inert,), {})                          # fresh, as a pickle may change it: a TorchScript module; an optimiser
+            return type("Inert", (Inert,), {})                          # a module, an optimiser; a pickle may change the class, so a new one
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no weight file needs")
 
     def persistent_load(self, pid):
@@ -518,17 +524,18 @@ def read_archive(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            reader, tensors, seen = Reader(archive), {}, set()
+            reader, tensors, seen, room = Reader(archive), {}, set(), os.path.getsize(path)
             todo = [("", reader.load())]
             for prefix, part in todo:              # grows while it is walked; each object is looked into once
                 for name, value in (part if isinstance(part, dict) else getattr(part, "__dict__", {})).items():
                     if isinstance(value, Later):
-                        tensors[f"{prefix}{name}"] = reader.tensor(*value.args)
+                        tensors[f"{prefix}{name}"] = tensor = reader.tensor(*value.args)
+                        room -= tensor.nbytes
+                        if room < 0:
+                            raise pickle.UnpicklingError("tensors larger than the file")
                     elif isinstance(value, (dict, Inert)) and id(value) not in seen and len(prefix) < 200:
                         seen.add(id(value))
                         todo.append((f"{prefix}{name}.", value))
-            if sum(tensor.nbytes for tensor in tensors.values()) > os.path.getsize(path):
-                raise pickle.UnpicklingError("tensors larger than the file")
             return todo[0][1], tensors
     except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way; none is our caller's
         raise ValueError(f"{path} cannot be read as weights (cut short, damaged or of another kind): {error}") from None

@@ -53,9 +53,9 @@ class PromptLearner(nn.Module):
     """The K prompts t_i = [V]_1 ... [V]_M [class i] . as token embeddings, V being the parameter.
 
     Paper equations 2 (position "end"), 3 ("middle": half of V before the name, half after) and
-    class-specific contexts (csc); "front" is the official code's third. init: words whose
-    token embeddings V starts from (M is then their number of tokens); None draws N(0, 0.02^2) from
-    torch's global generator. Raises ValueError if a prompt is longer than CLIP reads.
+    class-specific contexts (csc); "front" is the official code's third. init: words whose token embeddings
+    V starts from (M is then their number of tokens); None draws N(0, 0.02^2) from torch's global
+    generator. Raises ValueError if a prompt is longer than CLIP reads.
 
     Why this can work: a word enters CLIP as a row of the token embedding, d numbers; nothing behind
     that table asks whether the numbers came out of it. A word can only be chosen, a vector can be learned.
@@ -68,21 +68,17 @@ class PromptLearner(nn.Module):
             words = tokenizer.encode(init.replace("_", " "))
             M = len(words)
         if tokenizer.vocab_size != clip.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size} token embeddings: "
-                             "they do not belong together")
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size} token embeddings: no pair")
         if M < 1:
             raise ValueError("no context to learn: M must be at least 1, and --init must hold a word")
 
         names = [name.replace("_", " ") for name in classnames]
         length = {name: len(tokenizer.encode(name)) for name in names}
         longest = max(names, key=length.get)
-        room = clip.context_length - 3 - length[longest]                         # for V, beside sot, full stop and eot
-        if room < 1:
-            raise ValueError(f"class name {longest!r} is too long: {length[longest]} tokens, the model reads "
-                             f"{clip.context_length - 4} at most")
-        if M > room:
-            raise ValueError(f"M = {M} is too large: with the {length[longest]} tokens of class {longest!r} "
-                             f"the largest that fits in {clip.context_length} is {room}")
+        places = 1 + M + length[longest] + 2                                     # sot, V, name, full stop and eot
+        if places > clip.context_length:
+            raise ValueError(f"class name {longest!r} is too long or M is too large: {length[longest]} tokens and M = {M} make "
+                             f"a prompt of {places}, the model reads {clip.context_length}")
 
         # end:     sot V1 V2 V3 V4 polka - dotted . eot        sot, eot: start and end of text
         # middle:  sot V1 V2 polka - dotted V3 V4 . eot
@@ -90,50 +86,60 @@ class PromptLearner(nn.Module):
         # Written as numbers: a token id, or vocab_size + m for the place of vector V_m.
         prompts, before = [], {"end": M, "middle": M // 2, "front": 0}[position]         # vectors before the name
         for i, name in enumerate(names):
-            ids, cut = tokenizer.encode(name + "."), length[name]                # encoded with its full stop, as in the sentence
+            # The name is encoded with its full stop, as in the sentence: at its border the two might merge.
+            ids, cut = tokenizer.encode(name + "."), length[name]
             places = [clip.vocab_size + (i * M if csc else 0) + m for m in range(M)]
             prompts.append([tokenizer.sot, *places[:before], *ids[:cut], *places[before:], *ids[cut:], tokenizer.eot])
-        P = 1 if csc else 1 + before                     # how many tokens all prompts begin with
+        # What all prompts begin with, P tokens, is computed once: 1 + M at the end, 1 + M // 2 in the middle; at the
+        # front, and where each class has vectors of its own, sot alone. That is why those cost more per step.
+        P = 1 if csc else 1 + before
         self.lengths = torch.tensor([len(prompt) - P for prompt in prompts])
 
-        # forward() picks all embeddings out of a small bank: one row per token id that occurs, then those of
-        # V. unique() sorts, so ids (below vocab_size) come before places of V: row r is the r-th of `used`.
+        # A prompt is now a list of numbers. forward() looks them up in a small bank: one row for each token id that
+        # occurs, then the rows of V. As unique() sorts, ids come before places of V, and `rows` says of each
+        # number which row of the bank it is.
         packed = prompts[0][:P] + [number for prompt in prompts for number in prompt[P:]]
         used, rows = torch.unique(torch.tensor(packed), return_inverse=True)
         self.register_buffer("shared_rows", rows[:P].to(embedding.device))
         self.register_buffer("own_rows", rows[P:].to(embedding.device))
-        self.register_buffer("words", embedding[used[used < clip.vocab_size].to(embedding.device)])
+        self.register_buffer("fixed", embedding[used[used < clip.vocab_size].to(embedding.device)])
         V = torch.randn((K, M, embedding.shape[1]) if csc else (M, embedding.shape[1])) * 0.02
         if init is not None:
             V = embedding[torch.tensor(words, device=embedding.device)].expand(V.shape).clone()
         self.V = nn.Parameter(V.to(embedding))           # fp32 as the text encoder: in fp16 small steps would be lost
 
     def forward(self):
-        """-> shared (P, d), own (sum of lengths, d), lengths (K,): what CLIP.encode_prompts takes."""
-        bank = torch.cat([self.words, self.V.flatten(0, -2)])
+        """-> shared (P, d), own (sum of lengths, d), lengths (K,): what CLIP.encode_prompts takes.
+
+        DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths of 3 to 5 (name, full
+        stop, eot), from which g becomes (47, 1024). With csc: shared (1, 512), own (186 + 47 * 16, 512).
+        """
+        bank = torch.cat([self.fixed, self.V.flatten(0, -2)])
         return bank[self.shared_rows], bank[self.own_rows], self.lengths
 
 
 def batches(N, T, seed, size=32):
     """T lists of index tensors: every epoch a new shuffle of N images, cut into batches. What is left
-    over is dropped, unless it is all there is: N < size gives one batch of N.
+    over is dropped, as a step on a few images would move V as far as one on 32 and in a worse direction,
+    unless it is all there is: N < size gives one batch of N.
     """
     dice = torch.Generator().manual_seed(seed)
     return [[b for b in torch.randperm(N, generator=dice).split(size) if len(b) == min(N, size)] for _ in range(T)]
 
 
 def learning_rate(n, T):
-    """The official schedule: one epoch of warm-up at 1e-5, so that the first gradients, taken far from
-    any good V, cannot throw it off; then a cosine from 0.002. Odd, and kept: the warm-up is not a rise
-    but a constant, and it counts as one of the T, so that the cosine stops short of zero, at an
-    angle of pi (T - 2) / T.
+    """The official schedule: one epoch of warm-up at 1e-5, meant to keep the first gradients, taken far from
+    any good V, from throwing it off; then a cosine from 0.002. Odd, and kept: the warm-up is not a rise
+    but a constant; momentum carries its gradients into the next epoch all the same; and it counts as
+    one of the T, so that the cosine stops short of zero, at an angle of pi (T - 2) / T.
     """
     return 1e-5 if n == 0 else 0.001 * (1 + math.cos(math.pi * (n - 1) / T))
 
 
 def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep=0.0, hand=None,
           progress=lambda n, loss, accuracy: None):
-    """Learn V by the paper's recipe; the result is V of the last epoch, in learner.
+    """Learn V by the paper's recipe; the result is V of the last epoch, in learner. If you change the recipe,
+    give the command --again or another --out: what results.jsonl knows is not run again.
 
     features: (N, crops, e); features[i, n % crops] belongs to the crop that epoch n shows of image i,
     computed beforehand: the image encoder is frozen, so f does not change while V does. labels: (N,).
@@ -154,7 +160,8 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
             f = F.normalize(features[batch, n % features.shape[1]], dim=-1)      # (B, e)
             g = F.normalize(clip.encode_prompts(*learner()), dim=-1)             # (K, e)
             # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum over j of exp(cos(g_j, f) / tau).
-            # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is then e^5 against 1.
+            # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is then e^5 against 1. It scales the
+            # gradient of V, too: another tau would want another learning rate.
             logits = clip.logit_scale.exp() * f @ g.T                            # cos / tau, (B, K)
             value = loss(logits, labels[batch])                                  # mean of -log p(label)
             if keep:
@@ -162,6 +169,7 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
+            # Both stay tensors until the epoch is over: to read a number here would make a GPU wait in every step.
             losses.append(value.detach())
             right += (logits.argmax(-1) == labels[batch]).sum()
         losses = torch.stack(losses)
@@ -170,14 +178,6 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
             raise ValueError(f"the loss is not a number at step {step} (epoch {n}): the weights or the image features "
                              "are damaged, of another seed, or overflow in this --precision")
         progress(n, losses.mean().item(), 100 * right.item() / sum(map(len, epoch)))
-
-
-def generalised_cross_entropy(logits, labels, q=0.5):
-    """(1 - p^q) / q, p the probability of the label (arXiv 1805.07836): between cross-entropy (q -> 0) and
-    the share of mistakes (q = 1), so that a wrong label, which stays improbable, pulls less.
-    """
-    log_p = logits.log_softmax(-1).gather(1, labels[:, None])
-    return (-torch.expm1(q * log_p) / q).mean()          # as p^q - 1, but with a gradient also where p is 0
 
 
 def evaluate(image_features, text_features, labels):
@@ -190,9 +190,7 @@ def evaluate(image_features, text_features, labels):
 
 @torch.no_grad()
 def zero_shot(clip, tokenizer, template, classnames):
-    """Features (K, e), not yet of unit length, of hand-written prompts: class names put into a template such
-    as "a photo of a {}.".
-    """
+    """Features (K, e), not yet of unit length, of hand-written prompts: names put into "a photo of a {}."."""
     texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
     return torch.cat([clip.encode_text(tokenizer(texts[i:i + 256], clip.context_length).to(clip.device))
                       for i in range(0, len(texts), 256)])
@@ -202,7 +200,8 @@ def zero_shot(clip, tokenizer, template, classnames):
 #
 # Images come in as features: the image encoder is frozen, so each crop need go through it but once, and
 # train() reads the result. That is also what makes a sweep cheap: another M, position or loss asks
-# for the same crops and finds them in the cache.
+# for the same crops and finds them in the cache. So each test image goes through the image encoder
+# once per backbone, not once per run; each run encodes its K prompts once to be tested.
 
 def progress_line(what, total, advice=""):
     """-> say(done, note): how far long work is and how long it will still take, a line every few seconds,
@@ -229,11 +228,14 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
     soon as an image is complete. Crops are decoded by threads while the encoder works, and encoded in
     batches of one size whatever image they come from.
     """
-    size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32   # fits a CPU's caches
+    # Measured on CPU: a ResNet is fastest when the layers of one batch stay in the processor's caches, a ViT,
+    # which is matrix products throughout, with larger ones. A GPU wants to be filled.
+    size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32
     features = torch.empty(sum(len(numbers) for _, numbers in jobs), clip.text_projection.shape[1])
     missing, rows, row = [], [], 0                       # rows: where the features of the missing crops go
+    files = {path: cache.file(path) for path, _ in jobs} if cache else {}        # before decoding: a picture may be replaced meanwhile
     for path, numbers in jobs:
-        known = cache.get(path) if cache else {}
+        known = cache.get(files[path]) if cache else {}
         missing.append((path, [n for n in numbers if n not in known]))
         for n in numbers:
             if n in known:
@@ -252,9 +254,9 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
             features[rows[start:start + size]] = f
             for path, n, vector in zip(paths, numbers, f.numpy()) if cache else ():
                 fresh.setdefault(path, {})[n] = vector
-            while len(fresh) > (1 if start + size < len(rows) else 0):           # the last one may have more crops to come
-                path = next(iter(fresh))
-                cache.put(path, fresh.pop(path))
+            # Images are complete but for the last one, of which more crops may come, unless this was the last batch.
+            for path in list(fresh)[:-1 if start + size < len(rows) else None]:
+                cache.put(files[path], fresh.pop(path))
             say(start + len(paths))
     return features
 
@@ -269,7 +271,9 @@ def training_jobs(items, T, views=0, seed=1):
 
 
 def training_features(clip, items, T, views=0, seed=1, cache=None):
-    """Features (N, crops, e) of the crops that train() reads, crops = min(views or T, T); of the others, NaN."""
+    """Features (N, crops, e) of the crops that train() reads, crops = min(views or T, T). Of the others, NaN:
+    should train() ever read one, it would stop and say so instead of learning from a wrong picture.
+    """
     jobs, crops = training_jobs(items, T, views, seed), min(views or T, T)
     features = torch.full((len(items), crops, clip.text_projection.shape[1]), float("nan"))
     advice = f"--views 10 would encode at most {10 * len(items)} crops instead (approximate, see README)" if crops > 10 else ""
@@ -278,9 +282,18 @@ def training_features(clip, items, T, views=0, seed=1, cache=None):
     return features
 
 
+def generalised_cross_entropy(logits, labels, q=0.5):
+    """(1 - p^q) / q, p the probability of the label (arXiv 1805.07836): between cross-entropy (q -> 0) and
+    the share of mistakes (q = 1), so that a wrong label, which stays improbable, pulls less.
+    """
+    log_p = logits.log_softmax(-1).gather(1, labels[:, None])
+    return (-torch.expm1(q * log_p) / q).mean()          # as p^q - 1, but with a gradient also where p is 0
+
+
 def search_C(accuracy):
     """The C with the best accuracy(C) by the official code's search: the best of seven powers of a hundred,
-    then eight halvings of [C / 10, 10 C] in log space, each keeping the half at the better end.
+    then eight halvings of [C / 10, 10 C] in log space, each keeping the half at the better end. Of equals,
+    which are frequent with the few validation images, the largest of the seven and then the lower end.
     """
     low = max((6, 4, 2, 0, -2, -4, -6), key=lambda exponent: accuracy(10.0 ** exponent)) - 1
     high = low + 2
@@ -322,7 +335,12 @@ def linear_probe(train, val):
 # ---- Results and prompts ------------------------------------------------------------------------
 #
 # A run of CoOp leaves two things: its prompt, a file that is whole or not there, and then a line in
-# results.jsonl. Whoever finds the line finds the prompt; a run that was killed has no line, and is run again.
+# results.jsonl. So a line tells of a whole prompt, and a run that was killed has no line, and is run again.
+#
+#     {"method": "coop", "shots": 16, "seed": 1, "classes": "all", "n_test": 800, "M": 16, "position": "end",
+#      "csc": false, "epochs": 200, "views": 0, "dataset": "demo", ..., "accuracy": 74.5}
+#
+# All of a line but what was measured is the name of the run, in effect: it decides whether a result is known.
 
 class Results:
     """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
@@ -346,6 +364,7 @@ class Results:
         return next((line for line in reversed(self.lines) if self.same(line, result)), None)
 
     def add(self, results):
+        """Append lines in one write, as other processes may append, too; after a torn line on a line of their own."""
         self.lines += results
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a+b") as file:
@@ -359,7 +378,8 @@ USUAL = {"M": 16, "position": "end", "csc": False, "init": None, "views": 0, "lo
 
 def load_prompt(path):
     """A prompt saved by us, or by the official code (prompt_learner/model.pth.tar-N, which tells neither
-    class names nor settings). -> {"V", "classnames", "settings", ...}; ValueError for anything else.
+    class names nor settings). -> {"V", "classnames", "settings"}, from us also "text_features" (K, e) of unit
+    length, "logit_scale", "resolution" and "path" of the backbone. ValueError for anything else.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
@@ -370,7 +390,7 @@ def load_prompt(path):
             prompt = {"V": tensors["state_dict.ctx"], "classnames": None, "settings": {}}
         V, names, settings = prompt["V"], prompt["classnames"], prompt["settings"]
         sound = (V.dim() in (2, 3) and V.numel() and V.isfinite().all() and json.dumps(settings)
-                 and settings.get("position", "end") in ("end", "middle", "front"))
+                 and settings.get("position", "end") in ("end", "middle", "front") and isinstance(settings.get("shots", 0), int))
         if names is not None:                            # ours
             g, scale = prompt["text_features"], prompt["logit_scale"]
             sound = (sound and names == [str(name) for name in names] and g.dim() == 2 and len(g) == len(names) and g.isfinite().all()
@@ -393,15 +413,21 @@ def saved_settings(path):
 
 
 def unusual(r):
-    """In which settings a run of CoOp differs from the paper's standard: ["M=4", "csc", "epochs=20"]."""
-    usual = {**USUAL, "epochs": epochs(r["shots"] or 0, r["dataset"]), "classes": "all"}
-    return [key if r[key] is True else f"{key}={r[key]}" for key in usual if r[key] not in (usual[key], None)]
+    """In which settings a run of CoOp differs from the paper's standard: ["M=4", "csc", "epochs=20"]. Tables
+    and file names tell these only, so that the usual ones stay short and a new setting changes none of them.
+    """
+    usual = {**USUAL, "epochs": epochs(r["shots"] or 0, r["dataset"]), "classes": "all",
+             "precision": "fp16" if r["device"] == "cuda" else "fp32"}
+    return [key if r[key] is True else f"{key}={r[key]}" for key in usual if r.get(key) not in (usual[key], None)]
 
 
 def file_name(r):
-    """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters and a length that every system takes."""
+    """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters and a length that every
+    system takes; a number stands for what is too long.
+    """
     name = "-".join([r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r)])
-    return re.sub(r"[^\w.=-]+", "-", name).encode()[:200].decode(errors="ignore") + ".pt"
+    name = re.sub(r"[^\w.=-]+", "-", name).encode()
+    return (name if len(name) <= 200 else name[:190] + b"-%08x" % zlib.crc32(name)).decode(errors="ignore") + ".pt"
 
 
 def row_name(r):
@@ -441,10 +467,11 @@ def table(results):
     def text(mean, spread):
         return f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
 
-    columns = sorted({r["shots"] for r in results})
-    lines = [f"{'accuracy, %':<34}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
-    for row, found in cells(results).items():
-        lines.append(f"{row:<34}" + "".join(f"{text(*found[c]) if c in found else '':>15}" for c in columns))
+    rows, columns = cells(results), sorted({r["shots"] for r in results})
+    width = max(34, *map(len, rows))
+    lines = [f"{'accuracy, %':<{width}}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
+    for row, found in rows.items():
+        lines.append(f"{row:<{width}}" + "".join(f"{text(*found[c]) if c in found else '':>15}" for c in columns))
     return "\n".join(lines)
 
 
@@ -470,6 +497,9 @@ def plot(results, file):
 # ---- Experiments --------------------------------------------------------------------------------
 #
 # What the paper measures, method by method. Test features are computed once and serve all of them.
+#
+# A method names its settings (line), says how it measures (measure), and leaves it to once() whether that
+# is needed. To add one, write it beside the others, and put it into the grid in run().
 
 def epochs(shots, dataset):
     """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
@@ -477,7 +507,11 @@ def epochs(shots, dataset):
 
 
 def learned_features(clip, tokenizer, classnames, V, position):
-    """Features (K, e), of unit length, of learned prompts; a unified V (M, d) takes any class names."""
+    """Features (K, e), of unit length, of learned prompts; a unified V (M, d) takes any class names.
+
+    Everything learned is in V: whoever adds a second parameter hands it on here, in Experiment.coop, which
+    saves it, in load_prompt, and to the optimizer in train.
+    """
     learner = PromptLearner(clip, tokenizer, classnames, V.shape[-2], position, V.dim() == 3)
     learner.V.data.copy_(V)
     with torch.no_grad():
@@ -486,7 +520,8 @@ def learned_features(clip, tokenizer, classnames, V, position):
 
 def open_clip(args):
     """The model of --backbone, made fast, and its tokenizer: OpenAI's, or plain bytes for a model with as few
-    token embeddings as the demo's.
+    token embeddings as the demo's. The number of embeddings is all that tells which tokenizer a model was
+    trained with; with the wrong one every prompt would be another sentence, and nothing would fail.
     """
     torch.backends.cuda.matmul.allow_tf32 = True         # text encoder on CUDA: fp32 with TF32 products
     clip = clip_model.prepare(clip_model.load(args.backbone, args.device), PRECISIONS[args.precision])
@@ -510,20 +545,24 @@ class Experiment:
         weights, train = clip.sha256[:16], dataset.train
         backbone = args.backbone.replace("/", "-") if args.backbone in clip_model.MODELS else pathlib.Path(args.backbone).stem
         self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}")
-        listed = repr((self.names, [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, dataset.val, dataset.test)]))
-        self.common = {"dataset": dataset.name, "images": f"{zlib.crc32(listed.encode(errors='replace')):08x}", "backbone": backbone,
+        # What all lines of this experiment have in common. Datasets are told apart by the names of their images and
+        # classes, wherever they lie; weights by their checksum, as two files may share a name.
+        parts = [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, dataset.val, dataset.test)]
+        self.common = {"dataset": dataset.name, "images": f"{zlib.crc32(repr((self.names, parts)).encode(errors='replace')):08x}", "backbone": backbone,
                        "weights": weights, "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
         print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
               f"{args.precision}\n{dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(dataset.test)} test images")
         if self.cache:
-            size = sum(file.stat().st_size for file in self.cache.folder.iterdir())
+            size = sum(file.stat().st_size for file in self.cache.folder.glob("*.npz"))
             print(f"feature cache: {self.cache.folder}, {size / 2 ** 20:.0f} MB")
         if args.load or not max(args.shots):
             return
         if not train:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
-        for names in (self.names, self.names_of(args.classes)):          # all names must fit, these are learned
+        # A class name that is too long should be found now, not after an hour of encoding: every learner is built
+        # once for all names, as a prompt may be tested on all, and once for those that it will learn on.
+        for names in (self.names, self.names_of(args.classes)):
             learners = [PromptLearner(clip, tokenizer, names, M, position, csc, args.init)
                         for M, position, csc in itertools.product(args.M, args.position, args.csc)]
         shapes = dict.fromkeys(f"{tuple(learner.V.shape)}, {learner.V.numel():,} numbers" for learner in learners)
@@ -548,6 +587,7 @@ class Experiment:
         return encoded
 
     def names_of(self, classes):
+        """Names of all, base or new classes."""
         return [self.names[label] for label in data.subset(len(self.names), classes)]
 
     def part(self, classes):
@@ -563,15 +603,21 @@ class Experiment:
         0; of the latter at most 4 per class, as the official code.
         """
         rng, kept = random.Random(seed), data.subset(len(self.names), self.args.classes)
-        return [[(path, kept.index(label)) for path, label in data.few_shot(part, count, rng) if label in kept]
-                for part, count in ((self.dataset.train, shots), (self.dataset.val, min(shots, 4)))]
+        drawn = [[(path, kept.index(label)) for path, label in data.few_shot(part, count, rng) if label in kept]
+                 for part, count in ((self.dataset.train, shots), (self.dataset.val, min(shots, 4)))]
+        if not drawn[0]:
+            raise ValueError(f"--classes {self.args.classes}: there are no training images of these classes")
+        return drawn
 
     def line(self, method, shots, seed, classes, **more):
-        """What results.jsonl says of a run, but for what only the run can tell. It holds all that could change
-        the result: two runs with the same line are the same run.
+        """What results.jsonl says of a run, but for what only the run can tell. It holds all settings that could
+        change the result: two runs with the same line are the same run.
         """
         kept = set(data.subset(len(self.names), classes))
-        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": sum(label in kept for _, label in self.dataset.test),
+        n_test = sum(label in kept for _, label in self.dataset.test)
+        if not n_test:
+            raise ValueError(f"there are no test images of the {classes} classes")
+        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": n_test,
                 **dict.fromkeys(("M", "position", "csc", "epochs", "views")), **self.common, **more}
 
     def show(self, lines, note):
@@ -584,8 +630,9 @@ class Experiment:
         return lines
 
     def once(self, lines, measure, note, saved=True):
-        """Results with these settings: those known, unless a prompt that belongs to them is not saved, or new ones.
-        measure() -> what it adds to each line, and more to the note.
+        """Results with the settings of lines, new or known; what only a run can tell is added by measure(), which
+        returns a dict for each line and a remark. It is not called if results.jsonl knows all lines and
+        their prompt is saved.
         """
         known = [None if self.args.again else self.results.find(line) for line in lines]
         if all(known) and saved:
@@ -601,6 +648,7 @@ class Experiment:
         return evaluate(f, g.cpu(), labels), g
 
     def hand_written(self, classes):
+        """Features (K, e), of unit length, of the template with these classes' names."""
         return F.normalize(zero_shot(self.clip, self.tokenizer, self.template, self.names_of(classes)), dim=-1)
 
     def zero_shot(self, classes):
@@ -633,16 +681,15 @@ class Experiment:
         args, names, T = self.args, self.names_of(self.args.classes), self.args.epochs or epochs(shots, self.dataset.name)
         torch.manual_seed(seed)
         learner = PromptLearner(self.clip, self.tokenizer, names, M, position, csc, args.init)
-        tested_on = [args.classes] + ["new"] * (args.classes == "base" and not csc)       # a unified V goes with names it never saw, too
+        # A unified V goes with names that it never saw, too: learned on base classes, it is also tested on the new ones.
+        tested_on = [args.classes] + ["new"] * (args.classes == "base" and not csc)
         lines = [self.line("coop", shots, seed, classes, M=learner.V.shape[-2], position=position, csc=csc, init=args.init, epochs=T,
                            views=args.views, loss=args.loss, noise=args.noise, keep=args.keep, template=self.template if args.keep else None)
                  for classes in tested_on]
         file = args.out / file_name(lines[0])
 
         def measure():
-            start, (items, _) = time.time(), self.draw(shots, seed)
-            if not items or not all(line["n_test"] for line in lines):
-                raise ValueError(f"--classes {args.classes}: no training or no test images of these classes")
+            _, start, (items, _) = self.test, time.time(), self.draw(shots, seed)         # a damaged test image stops here, not after training
             features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
             labels = torch.tensor(data.mislabel([label for _, label in items], args.noise, len(names), seed), device=self.clip.device)
             hand = self.hand_written(args.classes) if args.keep else None
@@ -682,25 +729,34 @@ class Experiment:
 def predict(prompt, clip, paths, as_json):
     """The five likeliest classes, with probabilities (equation 1), of each picture in files and folders.
     They are probabilities among these K names: a picture of something else gets one of them, too.
+    The text features come with the prompt, so no text is encoded here: one pass of the image encoder each.
     Pictures that cannot be read do not stop the others; they are named at the end (ValueError).
     """
-    g, names, unreadable, count = prompt["text_features"].to(clip.device), prompt["classnames"], [], 0
+    def encoded(files):
+        """(file, features (e,)) of those that can be read; where one cannot, each is tried for itself."""
+        try:
+            return list(zip(files, image_features(clip, [(file, [TEST]) for file in files]).to(g.device)))
+        except ValueError as error:
+            if len(files) == 1:
+                unreadable.append(error)
+            return [pair for file in files for pair in encoded([file])] if len(files) > 1 else []
+
+    g, names, unreadable, found = prompt["text_features"].to(clip.device), prompt["classnames"], [], []
     for path in map(pathlib.Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        for file in filter(data.is_image, sorted(path.rglob("*"))) if path.is_dir() else [path]:
-            try:
-                f = image_features(clip, [(file, [TEST])]).to(g.device)
-            except ValueError as error:
-                unreadable.append(error)
-                continue
-            chances, count = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)[0], count + 1
+        found.append(filter(data.is_image, sorted(path.rglob("*"))) if path.is_dir() else [path])
+    files, answered = itertools.chain(*found), 0
+    while chunk := list(itertools.islice(files, 32)):    # a folder of thousands streams
+        for file, f in encoded(chunk):
+            answered += 1
+            chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)
             best = [(names[i], round(chances[i].item(), 4)) for i in chances.topk(min(5, len(names))).indices.tolist()]
             print(json.dumps({"image": str(file), "classes": best}) if as_json else
                   f"{file}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
     for error in unreadable[:-1]:
         print(f"note: {error}", file=sys.stderr)
-    if unreadable or not count:
+    if unreadable or not answered:
         raise unreadable[-1] if unreadable else ValueError(f"no pictures in {', '.join(paths)}")
 
 
@@ -740,18 +796,12 @@ def use(args):
     if (args.predict or args.export) and prompt["classnames"] is None:
         raise ValueError(f"{args.load} comes from the official code and tells no class names; it can be tested with --data")
     args.backbone = args.backbone or prompt.get("path")
-    if args.backbone and args.backbone == prompt.get("path") and args.backbone not in clip_model.MODELS and not os.path.isfile(args.backbone):
-        raise ValueError(f"{args.load} was learned with {args.backbone}, which is not there any more: give --backbone")
     if args.backbone is None:
         raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
     dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
-    if prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]:
-        raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}")
-    if prompt["classnames"] and prompt["text_features"].shape[1] != clip.text_projection.shape[1]:
-        raise ValueError(f"{args.load} holds features of width {prompt['text_features'].shape[1]}, {args.backbone} makes "
-                         f"{clip.text_projection.shape[1]}")
-    if prompt["V"].shape[-1] != clip.token_embedding.embedding_dim:
-        raise ValueError(f"{args.load} holds vectors of width {prompt['V'].shape[-1]}, {args.backbone} reads {clip.token_embedding.embedding_dim}")
+    d, e, g = clip.token_embedding.embedding_dim, clip.text_projection.shape[1], prompt.get("text_features")
+    if (prompt["settings"].get("weights", clip.sha256[:16]), prompt["V"].shape[-1], e if g is None else g.shape[1]) != (clip.sha256[:16], d, e):
+        raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}: give its own as --backbone")
     if dataset:
         experiment = Experiment(args, dataset, clip, tokenizer)
         experiment.zero_shot(args.classes)
@@ -786,24 +836,6 @@ def make_demo(folder):
             data.draw_dataset(folder / name, *how)
 
 
-def share_out(args):
-    """Under torchrun --nproc-per-node N, be one of N processes: they share the image encoding, by way of
-    the feature cache, and the runs of the grid, and only the first one prints results. Alone: nothing.
-
-    No single run is split: a step is small, and a grid has enough of them.
-    """
-    args.rank, args.world = 0, 1
-    if "TORCHELASTIC_RUN_ID" not in os.environ:          # which torchrun sets
-        return contextlib.nullcontext()
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))      # they meet rarely
-    args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if args.device == "cuda":
-        torch.cuda.set_device(args.rank % torch.cuda.device_count())
-    if args.world > 1 and (args.no_cache or args.load):
-        raise ValueError("several processes learn prompts and share image features through the cache: leave out --load and --no-cache, or torchrun")
-    return contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext()
-
-
 def run(args):
     """All that one command line asks for: with training, the grid of runs and the table.
 
@@ -829,10 +861,14 @@ def run(args):
     runs += [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in itertools.product(args.M, args.position, args.csc) for draw in draws]
     if args.world > 1:                                   # each process encodes its share of all images into the cache
-        jobs = [(path, [TEST]) for path, _ in experiment.dataset.test]
+        wanted = {path: {TEST} for path, _ in experiment.dataset.test}
         for shots, seed in draws:
-            jobs += training_jobs(experiment.draw(shots, seed)[0], args.epochs or epochs(shots, experiment.dataset.name), args.views, seed)
-        image_features(experiment.clip, jobs[args.rank::args.world], experiment.cache)
+            T = args.epochs or epochs(shots, experiment.dataset.name)
+            for path, numbers in training_jobs(experiment.draw(shots, seed)[0], T, args.views, seed):
+                wanted.setdefault(path, set()).update(numbers)
+        jobs = [(path, sorted(numbers)) for path, numbers in wanted.items()][args.rank::args.world]
+        for i in range(0, len(jobs), 1000):              # by and by: what is returned is not needed here
+            image_features(experiment.clip, jobs[i:i + 1000], experiment.cache)
         torch.distributed.barrier()
     found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
     if args.world > 1:                                   # the table shows the runs of all
@@ -851,6 +887,9 @@ LOSSES = {"ce": F.cross_entropy, "gce": generalised_cross_entropy}
 
 
 def parse(argv):
+    """The command line as attributes. Each default stands here and nowhere else; what cannot go together is
+    refused here, before anything is loaded.
+    """
     def at_least(low):
         def integer(text):
             if not low <= int(text) < 2 ** 31:
@@ -878,7 +917,7 @@ def parse(argv):
     add("--precision", choices=list(PRECISIONS), help="of the image encoder (fp32 on CPU, fp16 on CUDA)")
     add("--classes", choices=["all", "base", "new"], default="all", help="the first half of the classes, or the rest; "
         "a unified V learned on base is tested on both (%(default)s)")
-    add("--probe", action="store_true", help="also a linear probe on the image features")
+    add("--probe", action="store_true", help="also a linear probe on the image features (of the right labels, whatever --noise)")
     add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
     add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels (%(default)s)")
     add("--noise", type=float, default=0.0, metavar="SHARE", help="make this share of the training labels wrong (%(default)s)")
@@ -914,6 +953,24 @@ def parse(argv):
     args.csc = {"yes": [True], "no": [False], "both": [False, True]}[args.csc]
     args.precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
     return args
+
+
+def share_out(args):
+    """Under torchrun --nproc-per-node N, be one of N processes: they share the image encoding, by way of
+    the feature cache, and the runs of the grid, and only the first one prints results. Alone: nothing.
+
+    No single run is split: a step is small, and a grid has enough of them.
+    """
+    args.rank, args.world = 0, 1
+    if "TORCHELASTIC_RUN_ID" not in os.environ:          # which torchrun sets
+        return contextlib.nullcontext()
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))      # they meet rarely
+    args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if args.device == "cuda":
+        torch.cuda.set_device(args.rank % torch.cuda.device_count())
+    if args.world > 1 and (args.no_cache or args.load):
+        raise ValueError("several processes share image features through the cache, to learn prompts: no --no-cache and --load with torchrun")
+    return contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext()
 
 
 def main(argv=None):

@@ -37,7 +37,8 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])         # of CLIP's tra
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 TEST = -1                                                        # as crop number: the test crop
 Image.init()
-FORMATS = [name for name in Image.OPEN if name != "EPS"]         # Pillow would have Ghostscript run an EPS file: it is a program
+# Not EPS: such a file is a program, and Pillow would have Ghostscript run it.
+FORMATS = [name for name in Image.OPEN if name != "EPS"]
 
 
 @dataclasses.dataclass
@@ -57,7 +58,8 @@ def few_shot(items, shots, rng):
     """`shots` items of each class (all of them where there are fewer), with rng a random.Random.
 
     Classes come in the order of their first item. With rng = Random(seed), first over the training
-    list and then, with the same rng, over the validation list, these are the official code's images.
+    list and then, with the same rng, over the validation list, these are the official code's images:
+    the classes draw from one stream of dice in turn, so another order would give other images.
 
     With four images per class the luck of the draw is worth several points, so methods can only be
     compared on the same draws: hence the care for the order, and three seeds wherever it matters.
@@ -85,8 +87,8 @@ def mislabel(labels, share, K, seed):
 # ---- Crops --------------------------------------------------------------------------------------
 #
 # CLIP reads squares of R x R pixels. At test time that is the middle of the picture, always the same.
-# For training each epoch cuts another random part: with few images that is what keeps V from learning
-# them by heart. Torchvision's transforms are written out here as this needs Pillow alone.
+# For training each epoch cuts another random part, which is meant to keep V from learning the few
+# images by heart (on the demo one crop per image does as well: README, "Speed"). Torchvision's transforms are written out here as this needs Pillow alone.
 
 def read_image(path):
     """Any picture that Pillow reads by itself, as RGB; its EXIF rotation is left alone, as in the official code."""
@@ -101,10 +103,11 @@ def test_crop(image, R):
     """The short side resized to R (bicubic), then the square in the middle."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
-    if long > 50 * short:                          # a hair: cut off what is far from the middle before enlarging
-        keep = 50 * short
-        left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
-        return test_crop(image.crop((left, top, left + min(width, keep), top + min(height, keep))), R)
+    # A picture of 1 x 20,000 pixels would be enlarged to R x 4,480,000. What lies far from the middle goes first.
+    if long > 50 * short:
+        most = 50 * short
+        left, top = max(0, (width - most) // 2), max(0, (height - most) // 2)
+        return test_crop(image.crop((left, top, left + min(width, most), top + min(height, most))), R)
     side = int(R * long / short)
     width, height = (R, side) if width <= height else (side, R)
     left, top = round((width - R) / 2), round((height - R) / 2)
@@ -116,7 +119,7 @@ def train_crop(image, R, rng):
     R x R, mirrored half of the time: the "random resized crop" of torchvision.
 
     Area and shape are drawn first, ten times if need be, as a wide part of a high picture may not fit;
-    the shape on a log scale, so that 3:4 is as likely as 4:3.
+    the shape on a log scale, so that 3:4 is as likely as 4:3. If you change this, read FeatureCache.
     """
     width, height = image.size
     for _ in range(10):
@@ -134,8 +137,8 @@ def train_crop(image, R, rng):
 
 
 def cut(path, numbers, R):
-    """Crops of one picture, decoded once: crop n is what epoch n shows of it (with V views, epochs n, n + V,
-    ...), TEST the middle. -> (len(numbers), R, R, 3) uint8
+    """Crops of one picture, decoded once: crop n is what epoch n shows of it (with --views 4 also epochs
+    n + 4, n + 8, ...), TEST the middle. -> (len(numbers), R, R, 3) uint8
 
     The dice of crop n are seeded with the file's name, its folder's name and n, nothing else: not
     with the run's seed, nor with the order of anything. So runs that differ in M, position, loss or
@@ -174,8 +177,10 @@ def normalise(pixels):
 
 
 def write(path, save):
-    """What save(file) writes to a file, at path, whole or not at all: first in memory, then under a temporary name."""
-    content, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """What save(file) writes to a file, at path, whole or not at all: first in memory, then under a temporary
+    name (which a kill -9 at that moment would leave behind).
+    """
+    content, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     save(content)                                        # straight to a full disk torch.save would raise no OSError
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -188,9 +193,9 @@ def write(path, save):
 class FeatureCache:
     """Feature vectors of crops on disk, a file per image, in a folder for one set of weights.
 
-    An image counts as the same while its path, size and time of change are. A file that is damaged
+    A file is read and written as a whole, as the crops of an image are asked for together. An image counts as the same while its path, size and time of change are. A file that is damaged
     counts as absent. Several processes may share the folder: each file is replaced as a whole, and if
-    two write the same one, what the slower one did not know is computed again another time.
+    two write the same one, the last one counts, and what the other knew is computed again another time.
 
     The key tells the image and the number of the crop, and nothing of this program: who changes
     train_crop, test_crop or normalise must give the folder another name (Experiment in coop.py), or
@@ -202,13 +207,13 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, path):
+        """Where the features of an image are, as it is now."""
         stat = os.stat(path)
         key = f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
         return self.folder / (hashlib.sha256(os.fsencode(key)).hexdigest()[:32] + ".npz")
 
-    def get(self, path):
+    def get(self, file):
         """{crop number: vector (e,) float32} of one image, as far as they are known."""
-        file = self.file(path)
         try:
             with np.load(file) as found:
                 if found.zip.testzip():                  # compares all checksums
@@ -217,13 +222,13 @@ class FeatureCache:
         except FileNotFoundError:
             return {}
         except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way
-            print(f"feature cache: {file} is damaged ({error}): encoding {path} again", file=sys.stderr)
+            print(f"feature cache: {file} is damaged ({error}): its image is encoded again", file=sys.stderr)
             return {}
 
-    def put(self, path, vectors):
+    def put(self, file, vectors):
         """Remember {crop number: vector (e,) float32} of one image, beside those known before."""
-        vectors = self.get(path) | vectors
-        write(self.file(path), lambda file: np.savez(file, numbers=list(vectors), vectors=np.stack(list(vectors.values()))))
+        vectors = self.get(file) | vectors
+        write(file, lambda content: np.savez(content, numbers=list(vectors), vectors=np.stack(list(vectors.values()))))
 
 
 # ---- Readers ------------------------------------------------------------------------------------
@@ -292,7 +297,8 @@ def labelled(name, keys, parts, template=Dataset.template, classname=str):
     labels = {key: label for label, key in enumerate(dict.fromkeys(keys))}
     strangers = [(path, key) for part in parts for path, key in part if key not in labels]
     if strangers:
-        raise ValueError(f"{name}: {strangers[0][0]} is of class {strangers[0][1]!r}, which is none of the {len(labels)} classes")
+        raise ValueError(f"{name}: {strangers[0][0]} is of class {strangers[0][1]!r}, which is none of the {len(labels)} classes "
+                         "(those of the training images, or of a list beside them)")
     return Dataset(name, [classname(key) for key in labels], *([(path, labels[key]) for path, key in part] for part in parts), template)
 
 
@@ -322,14 +328,14 @@ def read_dtd(root):
     """DTD as its authors ship it: images/<class>/*.jpg and the first of their ten splits."""
     print(f"{root}: no split_zhou_DescribableTextures.json, so DTD's own split 1 is used: accuracy does not "
           "compare with the paper's", file=sys.stderr)
-    lines = [(root / "labels" / f"{part}1.txt").read_text().split() for part in ("train", "val", "test")]
+    lines = [read_lines(root / "labels" / f"{part}1.txt") for part in ("train", "val", "test")]
     parts = [[(root / "images" / line, line.split("/")[0]) for line in part] for part in lines]
-    return labelled("dtd-split1", sorted(key for part in parts for _, key in part), parts, "{} texture.")
+    return labelled("dtd-split1", sorted(key for part in parts for _, key in part), parts, KNOWN["split_zhou_DescribableTextures.json"][2])
 
 
 def read_lines(file):
     """Stripped lines of a text file that are not empty."""
-    return [line.strip() for line in file.read_text().split("\n") if line.strip()]
+    return [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def read_aircraft(root):
@@ -345,7 +351,7 @@ def read_imagenet(root):
     classnames.txt: "n01440764 tench". Class folders are named n01440764, or 0 .. 999 (ImageNetV2) for
     the lines of classnames.txt. A and R hold 200 of the classes: those present are the classes.
     """
-    names = {key: name.strip() for key, _, name in (line.partition(" ") for line in read_lines(root / "classnames.txt"))}
+    names = {key: name.strip() or key for key, _, name in (line.partition(" ") for line in read_lines(root / "classnames.txt"))}
     names |= {str(i): name for i, name in enumerate(names.values())}
     folder = next((f for f in (root / "images", root) if (f / "train").is_dir() and (f / "val").is_dir()), None)
     if folder:
@@ -413,7 +419,7 @@ DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation
 
 def download(url, sha256, path, size):
     """Fetch a file to path, whole and with the right checksum or not at all; OSError if it fails."""
-    print(f"downloading {size} from {url} to {path}", file=sys.stderr)
+    print(f"downloading {size} from {url} to {path}" + " (the file there is damaged)" * path.is_file(), file=sys.stderr)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
@@ -431,7 +437,8 @@ def download_dtd(root):
         shutil.rmtree(folder, ignore_errors=True)
         try:
             with tarfile.open(archive) as tar:
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)    # raises if a member leads outside; new in 3.10.12
+                # Raises if a member leads outside the folder; Python has it since 3.10.12.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
                 tar.extractall(folder)
         except tarfile.TarError as error:
             raise ValueError(f"{archive}: {error}; nothing more is unpacked") from None

@@ -8,6 +8,9 @@ Each docstring is a theorem and the test its check, on small random models; the 
 own model.py and simple_tokenizer.py (out of the clip-anytorch package, loaded file by file: the
 package itself no longer imports), PyTorch's modules, and formulas written out. Where it could be
 missed that a check has become empty, a control stands beside it that has to fail.
+
+Know before: the four modules. To take away: what each claims, and that somebody else's code agrees.
+Read test_packed_equals_plain and test_training_equals_the_textbook first: they hold up the rest.
 """
 # ruff: noqa: B023      closures over loop variables: all are called before the loop goes on
 import ast
@@ -647,23 +650,23 @@ def test_feature_cache(tmp_path, capsys):
     image = pictures(tmp_path, ["a"], 2) / "a" / "a_0.png"
     other, vectors = tmp_path / "a" / "a_1.png", np.random.rand(3, 8).astype(np.float32)
     cache = data.FeatureCache(tmp_path / "cache")
-    cache.put(image, {0: vectors[0]})
-    cache.put(other, {5: vectors[2]})
-    cache.put(image, {data.TEST: vectors[1]})
+    cache.put(cache.file(image), {0: vectors[0]})
+    cache.put(cache.file(other), {5: vectors[2]})
+    cache.put(cache.file(image), {data.TEST: vectors[1]})
     again = data.FeatureCache(tmp_path / "cache")
-    first, second, absent = again.get(image), again.get(other), again.get(tmp_path / "a")
+    first, second, absent = (again.get(again.file(path)) for path in (image, other, tmp_path / "a"))
     assert first.keys() == {0, data.TEST} and np.array_equal(first[0], vectors[0]) and np.array_equal(first[-1], vectors[1])
     assert second.keys() == {5} and np.array_equal(second[5], vectors[2]) and not absent
     os.utime(other, (1, 1))
-    assert again.get(other) == {}, "a changed file is another image"
+    assert again.get(again.file(other)) == {}, "a changed file is another image"
     file, whole = again.file(image), again.file(image).read_bytes()
     flipped = bytearray(whole)
     flipped[whole.find(vectors[0].tobytes()) + 3] ^= 1
     for ruined in (bytes(flipped), whole[:-30], b"no archive " * 100, b""):
         file.write_bytes(ruined)
-        assert again.get(image) == {} and "damaged" in capsys.readouterr().err
-    again.put(image, {0: vectors[0]})
-    assert np.array_equal(data.FeatureCache(tmp_path / "cache").get(image)[0], vectors[0])
+        assert again.get(file) == {} and "damaged" in capsys.readouterr().err
+    again.put(file, {0: vectors[0]})
+    assert np.array_equal(data.FeatureCache(tmp_path / "cache").get(file)[0], vectors[0])
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".npz"}, "no temporary file is left"
 
 
@@ -836,7 +839,7 @@ def test_from_folder_to_prompt(world, tmp_path, capsys):
     (["--csc"], "data-traced-1shot-seed1-csc-epochs=2.pt", (3, 16, 128)),
     (["--position", "middle", "--M", "4"], "data-traced-1shot-seed1-M=4-position=middle-epochs=2.pt", (4, 128)),
     (["--init", "a photo of a"], "data-traced-1shot-seed1-M=9-init=a-photo-of-a-epochs=2.pt", (9, 128)),
-    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1-views=1-epochs=2.pt", (16, 128))])
+    (["--views", "1", "--precision", "bf16", "--no-cache"], "data-traced-1shot-seed1-views=1-epochs=2-precision=bf16.pt", (16, 128))])
 def test_variants(world, tmp_path, capsys, options, name, shape):
     code, _, err = command([*world, "--shots", "1", "--epochs", "2", *options], tmp_path, capsys)
     assert code == 0, err
@@ -885,6 +888,36 @@ def test_a_run_trains_on_the_draw_of_its_seed(world, tmp_path, capsys, monkeypat
     assert drawn == [data.few_shot(train, 2, random.Random(0)), data.few_shot(train, 2, random.Random(5))] and drawn[0] != drawn[1]
 
 
+def test_a_damaged_test_image_is_found_before_training(world, tmp_path, capsys, monkeypatch):
+    """Also where zero-shot is known and its features are not: nobody waits for a V that is then lost."""
+    shutil.copytree(world[1], tmp_path / "data")
+    arguments = ["--data", str(tmp_path / "data"), *world[2:6], "--shots", "1", "--epochs", "1", "--no-cache"]
+    command([*arguments, "--shots", "0"], tmp_path / "out", capsys)
+    file = next((tmp_path / "data" / "test").rglob("*.png"))
+    file.write_bytes(file.read_bytes()[:700])
+    monkeypatch.setattr(coop, "train", lambda *_, **__: pytest.fail("trained before the test images were read"))
+    code, _, err = command(arguments, tmp_path / "out", capsys)
+    assert code == 2 and file.name in err
+
+
+def test_a_picture_that_is_replaced_meanwhile_is_another_picture(tmp_path, monkeypatch):
+    """What was seen of the old one is not remembered of the new one."""
+    path, clip, cut = pictures(tmp_path, ["a"], 1) / "a" / "a_0.png", clip_model.CLIP.from_state_dict(openai_clip(double=False).state_dict()), data.cut
+
+    def cut_and_replace(*arguments):
+        found = cut(*arguments)
+        Image.new("RGB", (90, 70), "red").save(path)
+        return found
+
+    cache = data.FeatureCache(tmp_path / "cache")
+    monkeypatch.setattr(data, "cut", cut_and_replace)
+    coop.image_features(clip, [(path, [data.TEST])], cache)
+    assert cache.get(cache.file(path)) == {}
+    monkeypatch.setattr(data, "cut", cut)
+    f = coop.image_features(clip, [(path, [data.TEST])], cache)
+    assert torch.equal(f, coop.image_features(clip, [(path, [data.TEST])])) and np.array_equal(cache.get(cache.file(path))[data.TEST], f[0].numpy())
+
+
 def test_only_crops_that_a_batch_uses_are_encoded():
     """Of 40 images each epoch drops 8; their crops are neither encoded nor read (NaN would stop training)."""
     items, seen = [(f"image {i}", 0) for i in range(40)], []
@@ -910,6 +943,11 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypa
     write_split(missing, "split_zhou_OxfordPets.json", "images", ["cat", "dog"])
     (missing / "images" / "dog" / "dog_1.png").unlink()
     (missing / "images" / "cat" / "cat_0.png").unlink()
+    for name, part in (("no-train", "train"), ("no-test", "test")):         # of the second class, which is all of "new"
+        write_split(tmp_path / name, "split_zhou_OxfordPets.json", "images", ["cat", "dog"])
+        split = json.loads((tmp_path / name / "split_zhou_OxfordPets.json").read_text())
+        split[part] = split[part][:2]
+        (tmp_path / name / "split_zhou_OxfordPets.json").write_text(json.dumps(split))
     long = pictures(tmp_path / "long", ["a", "b" * 80], 6)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -921,23 +959,25 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypa
             (with_data(empty), "no class folders with images"),
             (with_data(ruined), "b_3.png"),
             (with_data(missing), r"2 images of the split are missing, the first is .*cat_0\.png"),
-            (with_data(long), "class name 'b{80}' is too long: 80 tokens, the model reads 73 at most"),
+            (with_data(long), "class name 'b{80}' is too long or .*: 80 tokens and M = 16 make a prompt of 99, the model reads 77"),
+            ([*with_data(tmp_path / "no-test"), "--classes", "new", "--shots", "0"], "no test images of the new classes"),
             ([*world, "--backbone", "RN51"], "RN51.*RN50, RN101.*ViT-L/14@336px"),
             ([*world, "--backbone", str(cut)], "cut.pt.*cut short"),
-            ([*world, "--M", "70"], "M = 70 is too large.*the largest that fits in 77 is 62"),
+            ([*world, "--M", "70"], "M is too large: 12 tokens and M = 70 make a prompt of 85, the model reads 77"),
             ([*world, "--shots", "-1"], "--shots: -1 .*0 or more"),
             ([*world, "--shots", "x"], "--shots: invalid integer value: 'x'"),
             ([*world, "--device", "cuda"], "finds no CUDA device"),
             ([*world, "--template", "a photo"], "needs {}"),
             (["--load", "nowhere.pt", "--words", "1"], "nowhere.pt: no such file"),
             (with_data(pictures(tmp_path / "half" / "train", ["a", "b"], 2).parent), "has train/ but no test/ beside it"),
-            ([], "one of --data, --demo and --load is needed")):
+            ([], "one of --data, --demo and --load is needed"),
+            ([*with_data(tmp_path / "no-train"), "--classes", "new", "--shots", "1", "--probe"], "no training images of these classes")):
         out = tmp_path / "out"
         code, _, err = command([*arguments, "--epochs", "1"], out, capsys)
         complaint = [line for line in err.splitlines() if not line.startswith(("encoding", "note"))]
         assert code == 2 and len(complaint) == 1 and complaint[0].startswith("error: "), (words, err)
         assert re.search(words, complaint[0]), (words, err)
-        assert not out.exists() or not list(out.iterdir()), words
+        assert not out.exists() or words.startswith("no training") or not list(out.iterdir()), words       # the last one has a zero-shot line
 
 
 def test_fewer_images_than_shots_are_all_used_and_it_is_said_once(world, tmp_path, capsys):
@@ -973,7 +1013,7 @@ open(sys.argv[-1] + "/encoded" + os.environ.get("RANK", "0"), "w").write(str(sum
     for file in (tmp_path / "one").glob("*.pt"):
         assert torch.allclose(coop.load_prompt(file)["V"], coop.load_prompt(tmp_path / "two" / file.name)["V"], atol=1e-5)
     alone, shares = int((tmp_path / "one" / "encoded0").read_text()), [int((tmp_path / "two" / f"encoded{rank}").read_text()) for rank in (0, 1)]
-    assert sum(shares) < 1.4 * alone and min(shares) > alone / 3, (alone, shares)      # a few may be met twice
+    assert sum(shares) < 1.1 * alone and min(shares) > alone / 3, (alone, shares)      # a validation image may be met twice
 
 
 def test_the_process_itself(world, tmp_path):
@@ -1218,7 +1258,7 @@ def test_official_checkpoints(world, tmp_path, capsys):
     code, _, err = command(["--load", str(file), "--predict", world[1]], tmp_path, capsys)
     assert code == 2 and "tells no class names" in err
     code, _, err = command(["--load", str(file), *world[:2], "--backbone", str(wider(tmp_path))], tmp_path, capsys)
-    assert code == 2 and re.search("vectors of width 128, .* reads 64", err)
+    assert code == 2 and "was learned for other weights" in err
 
 
 def test_predict_and_export(world, tmp_path, capsys):
@@ -1348,7 +1388,8 @@ def test_options_beyond_the_paper_and_the_picture(world, tmp_path, capsys):
 
 
 def test_table_shows_the_papers_numbers_in_rows_of_their_own():
-    line = {**coop.USUAL, "method": "coop", "dataset": "dtd", "backbone": "RN50", "weights": "afeb0e10f9e5a86d", "classes": "all", "epochs": 100}
+    line = {**coop.USUAL, "method": "coop", "dataset": "dtd", "backbone": "RN50", "weights": "afeb0e10f9e5a86d", "classes": "all", "epochs": 100,
+            "precision": "fp32", "device": "cpu"}
     text = coop.table([{**line, "shots": 4, "seed": s, "accuracy": a} for s, a in ((1, 50.0), (2, 52.0), (3, 57.0))])
     assert re.search(r"CoOp M=16 end +53.00 ± 3.61\nthe paper.* +53.49$", text)
     assert "paper" not in coop.table([{**line, "weights": "0123456789abcdef", "shots": 4, "accuracy": 1.0}])
@@ -1509,7 +1550,7 @@ def test_random_damage(world, archive, tmp_path, capsys):
     command([*world, "--shots", "1", "--epochs", "1"], tmp_path / "out", capsys)
     torch.save(clip_model.load(archive).state_dict(), tmp_path / "sd.pt")
     cache, features = data.FeatureCache(tmp_path / "cache"), dict(enumerate(np.random.rand(60, 32).astype(np.float32)))
-    cache.put(image, features)
+    cache.put(cache.file(image), features)
 
     def weights(file):
         return {k: v.numpy().tobytes() for k, v in clip_model.load(file).state_dict().items()}
@@ -1519,7 +1560,7 @@ def test_random_damage(world, archive, tmp_path, capsys):
 
     def cached(file):
         file.rename(cache.file(image))
-        found = cache.get(image)
+        found = cache.get(cache.file(image))
         left.append(len(found))
         cache.file(image).rename(file)
         return all(np.array_equal(found[n], features[n]) for n in found)

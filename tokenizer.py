@@ -23,7 +23,7 @@ Where 49,408 comes from, in the order of the ids:
     512 .. 49405      48,894 merges, the most frequent first
     49406, 49407      <|startoftext|> (sot) and <|endoftext|> (eot)
 
-To take away: a word that CLIP met often is one token, a rare word is several, and the ids mean
+Know before: nothing.  To take away: a word that CLIP met often is one token, a rare word is several, and the ids mean
 nothing by themselves.  This file needs torch, ftfy and regex, and none of its neighbours.
 """
 import gzip
