@@ -306,7 +306,8 @@ def search_C(accuracy):
 def linear_probe(train, val):
     """The paper's other baseline: multinomial logistic regression on pairs (features, labels), with
     scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS; C by accuracy on val.
-    -> weights (K, e), biases (K,), C
+    -> weights (K, e), biases (K,), C. Divided by C * N it is the mean loss and |W|^2 / (2 C N), as below; the
+    features are not of unit length here, as in the official code, so C is not comparable across backbones.
 
     It knows nothing of the class names: each class is a free vector, where CoOp must find one that
     the text encoder can say. In the paper that costs it dearly with few images; with 16 it nearly draws level.
@@ -345,7 +346,8 @@ def linear_probe(train, val):
 class Results:
     """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
 
-    # Runs are the same when all else in their lines is: who changes the method adds a setting, or old runs are "known".
+    # Runs are the same when all else in their lines is: who changes the method adds a setting, or old runs are
+    # "known". Device and version of torch are told, but a result from another machine counts as the same.
     MEASURED = frozenset(("accuracy", "C", "n_test", "seconds_images", "seconds_training", "device", "torch"))
 
     def __init__(self, out):
@@ -437,13 +439,15 @@ def row_name(r):
     return " ".join(head + [word for word in words if not word.startswith(("M=", "position="))])
 
 
-PAPER = {   # RN50, test accuracy: zero-shot CLIP, then CoOp with M=16, end, at 1, 2, 4, 8 and 16 shots
-    "oxford_pets": (85.77, 85.89, 82.64, 86.70, 85.32, 87.01), "oxford_flowers": (66.14, 68.12, 77.51, 86.20, 91.18, 94.51),
-    "fgvc_aircraft": (17.28, 9.64, 18.68, 21.87, 26.13, 31.26), "dtd": (42.32, 44.39, 45.15, 53.49, 59.97, 63.58),
-    "eurosat": (37.56, 50.63, 61.50, 70.18, 76.73, 83.53), "stanford_cars": (55.61, 55.59, 58.28, 62.62, 68.43, 73.36),
-    "food-101": (77.31, 74.32, 72.49, 73.33, 71.82, 74.67), "sun397": (58.52, 60.29, 59.48, 63.47, 65.52, 69.26),
-    "caltech-101": (86.29, 87.53, 87.93, 89.55, 90.21, 91.83), "ucf101": (61.46, 61.92, 64.09, 67.03, 71.94, 75.71),
-    "imagenet": (58.18, 57.15, 57.81, 59.99, 61.56, 62.95)}
+# The paper's numbers for RN50: how many test images its split has, then accuracy of zero-shot CLIP and of CoOp with M=16,
+# end, at 1, 2, 4, 8 and 16 shots. The first number keeps them from being compared with a part of the dataset.
+PAPER = {
+    "oxford_pets": (3669, 85.77, 85.89, 82.64, 86.70, 85.32, 87.01), "oxford_flowers": (2463, 66.14, 68.12, 77.51, 86.20, 91.18, 94.51),
+    "fgvc_aircraft": (3333, 17.28, 9.64, 18.68, 21.87, 26.13, 31.26), "dtd": (1692, 42.32, 44.39, 45.15, 53.49, 59.97, 63.58),
+    "eurosat": (8100, 37.56, 50.63, 61.50, 70.18, 76.73, 83.53), "stanford_cars": (8041, 55.61, 55.59, 58.28, 62.62, 68.43, 73.36),
+    "food-101": (30300, 77.31, 74.32, 72.49, 73.33, 71.82, 74.67), "sun397": (19850, 58.52, 60.29, 59.48, 63.47, 65.52, 69.26),
+    "caltech-101": (2465, 86.29, 87.53, 87.93, 89.55, 90.21, 91.83), "ucf101": (3783, 61.46, 61.92, 64.09, 67.03, 71.94, 75.71),
+    "imagenet": (50000, 58.18, 57.15, 57.81, 59.99, 61.56, 62.95)}
 
 
 def cells(results):
@@ -456,22 +460,21 @@ def cells(results):
     rows = {row: {shots: (statistics.mean(a), statistics.stdev(a) if len(a) > 1 else None) for shots, a in of_row.items()}
             for row, of_row in found.items()}
     first = results[0]
-    if clip_model.MODELS["RN50"][1].startswith(first["weights"]) and first["dataset"] in PAPER and first["classes"] == "all":
-        numbers = dict(zip((0, 1, 2, 4, 8, 16), PAPER[first["dataset"]]))
+    n_test, *numbers = PAPER.get(first["dataset"], (None,))
+    if n_test == first["n_test"] and clip_model.MODELS["RN50"][1].startswith(first["weights"]):
+        numbers = dict(zip((0, 1, 2, 4, 8, 16), numbers))
         rows["the paper's zero-shot, M=16 end"] = {r["shots"]: (numbers[r["shots"]], None) for r in results if r["shots"] in numbers}
     return rows
 
 
 def table(results):
     """Accuracy by method and number of shots, mean over seeds ± standard deviation."""
-    def text(mean, spread):
-        return f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-
     rows, columns = cells(results), sorted({r["shots"] for r in results})
     width = max(34, *map(len, rows))
     lines = [f"{'accuracy, %':<{width}}" + "".join(f"{f'{c} shots':>15}" for c in columns)]
     for row, found in rows.items():
-        lines.append(f"{row:<{width}}" + "".join(f"{text(*found[c]) if c in found else '':>15}" for c in columns))
+        texts = {c: f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "") for c, (mean, spread) in found.items()}
+        lines.append(f"{row:<{width}}" + "".join(f"{texts.get(c, ''):>15}" for c in columns))
     return "\n".join(lines)
 
 
