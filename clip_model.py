@@ -19,7 +19,7 @@ that never meet but in a cosine.  A sentence can therefore stand in for a class 
 was ever trained on, and either side can be computed once and kept.
 
 Read in this order: contrastive_loss (what CLIP was trained for), CLIP, its encode_text and
-encode_prompts, Block, the two image encoders, then loading.  Needs torch and none of its neighbours.
+encode_prompts, Block, the two image encoders.  Needs torch and none of its neighbours.
 """
 import functools
 import hashlib
@@ -71,7 +71,7 @@ def pretrain(clip, images, ids, steps, batch=64, lr=2e-3, progress=lambda step, 
 class CLIP(nn.Module):
     """The two encoders and the scale of their cosine."""
 
-    GROUP = 512                 # encode_prompts: tokens in one packed sequence (its mask is quadratic in this)
+    GROUP = 512                 # encode_prompts: tokens packed behind one trunk (the mask is quadratic in this)
     RECOMPUTE_ABOVE = 2048      # encode_prompts: with more tokens activations are computed again in the backward pass
 
     def __init__(self, e, visual, width, layers, context_length=77, vocab_size=49408):
@@ -141,12 +141,14 @@ class CLIP(nn.Module):
         ends, counts = lengths.cumsum(0), []                            # prompts per group
         while (first := sum(counts)) < len(lengths):
             start = int(ends[first] - lengths[first])
-            counts.append(max(1, int(torch.searchsorted(ends, start + self.GROUP, right=True)) - first))
+            stop = int(torch.searchsorted(ends, start + self.GROUP, right=True))         # the first that does not fit any more
+            counts.append(max(1, stop - first))
         encode = self._encode_group
         if torch.is_grad_enabled() and len(own) > self.RECOMPUTE_ABOVE:
             encode = functools.partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
         groups = lengths.split(counts)
-        return torch.cat([encode(shared, part, group) for part, group in zip(own.split([int(group.sum()) for group in groups]), groups)])
+        parts = own.split([int(group.sum()) for group in groups])
+        return torch.cat([encode(shared, part, group) for part, group in zip(parts, groups)])
 
     def _encode_group(self, shared, own, lengths):
         """encode_prompts for one group, as one sequence of P + sum(lengths) tokens."""
@@ -373,8 +375,8 @@ def prepare(clip, image_dtype=torch.float32):
 
     BatchNorm in eval mode is a scale and a shift, which go into the convolution before it:
     a (W x) + b = (a W) x + b with a = gain / sqrt(variance), b = bias - a mean. The 1.702 of QuickGELU
-    goes into the linear layers around it; what stays is torch's SiLU. Images are kept
-    channels-last, as the fast kernels want them. EXACT up to rounding in float32 (1e-5;
+    goes into the linear layers around it (but for the last bias, which is added after them); what stays is
+    torch's SiLU. Weights are laid out channels-last, like data.normalise's images, as the fast kernels want them. EXACT up to rounding in float32 (1e-5;
     test_encoders_equal_openais). image_dtype bfloat16 or float16, for the image encoder alone, is
     APPROXIMATE (README, "Speed").
     """
@@ -394,7 +396,7 @@ def prepare(clip, image_dtype=torch.float32):
 # ---- Weight files -------------------------------------------------------------------------------
 #
 # Nothing below teaches CLIP: skip it on a first reading. It fetches OpenAI's files and reads them
-# without running the code that such files may carry.
+# without running the code that such files may carry (load tells of one exception).
 
 URL = "https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
 MODELS = {   # name: (file, SHA-256)
@@ -467,7 +469,7 @@ class Later:
 
 
 class Reader(pickle._Unpickler):                                        # not the one in C: a huge memo index fills its memory
-    """Reads what torch.save and torch.jit.save write, and constructs nothing but tensors and dicts.
+    """Reads what torch.save and torch.jit.save write, and constructs nothing but tensors, dicts and Inert.
 
     A pickle is a small program that may call any function it can name; here it can name only what
     find_class hands out.  Both kinds of file are uncompressed zip archives, `<root>/data.pkl` with

@@ -75,10 +75,10 @@ class PromptLearner(nn.Module):
         names = [name.replace("_", " ") for name in classnames]
         length = {name: len(tokenizer.encode(name)) for name in names}
         longest = max(names, key=length.get)
-        places = 1 + M + length[longest] + 2                                     # sot, V, name, full stop and eot
-        if places > clip.context_length:
+        needed = 1 + M + length[longest] + 2                                     # sot, V, name, full stop and eot
+        if needed > clip.context_length:
             raise ValueError(f"class name {longest!r} is too long or M is too large: {length[longest]} tokens and M = {M} make "
-                             f"a prompt of {places}, the model reads {clip.context_length}")
+                             f"a prompt of {needed}, the model reads {clip.context_length}")
 
         # end:     sot V1 V2 V3 V4 polka - dotted . eot        sot, eot: start and end of text
         # middle:  sot V1 V2 polka - dotted V3 V4 . eot
@@ -90,8 +90,8 @@ class PromptLearner(nn.Module):
             ids, cut = tokenizer.encode(name + "."), length[name]
             places = [clip.vocab_size + (i * M if csc else 0) + m for m in range(M)]
             prompts.append([tokenizer.sot, *places[:before], *ids[:cut], *places[before:], *ids[cut:], tokenizer.eot])
-        # What all prompts begin with, P tokens, is computed once: 1 + M at the end, 1 + M // 2 in the middle; at the
-        # front, and where each class has vectors of its own, sot alone. That is why those cost more per step.
+        # What all prompts begin with, P tokens, is not computed K times: 1 + M at the end, 1 + M // 2 in the middle; at
+        # the front, and where each class has vectors of its own, sot alone. The less they share, the longer a step.
         P = 1 if csc else 1 + before
         self.lengths = torch.tensor([len(prompt) - P for prompt in prompts])
 
@@ -111,8 +111,8 @@ class PromptLearner(nn.Module):
     def forward(self):
         """-> shared (P, d), own (sum of lengths, d), lengths (K,): what CLIP.encode_prompts takes.
 
-        DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths of 3 to 5 (name, full
-        stop, eot), from which g becomes (47, 1024). With csc: shared (1, 512), own (186 + 47 * 16, 512).
+        DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths (47,) of 3 to 5 (name, full
+        stop, eot); g is then (47, 1024), e being 1024. With csc: shared (1, 512), own (186 + 47 * 16, 512).
         """
         bank = torch.cat([self.fixed, self.V.flatten(0, -2)])
         return bank[self.shared_rows], bank[self.own_rows], self.lengths
@@ -162,10 +162,10 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
             # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum over j of exp(cos(g_j, f) / tau).
             # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is then e^5 against 1. It scales the
             # gradient of V, too: another tau would want another learning rate.
-            logits = clip.logit_scale.exp() * f @ g.T                            # cos / tau, (B, K)
+            logits = clip.logit_scale.exp() * f @ g.T                            # cos / tau, (B, K): B is 32
             value = loss(logits, labels[batch])                                  # mean of -log p(label)
             if keep:
-                value = value + keep * (1 - (g * hand).sum(-1).mean())           # KgCoOp: stay near the hand-written words
+                value = value + keep * (1 - (g * hand).sum(-1).mean())           # KgCoOp: g near that of hand-written words
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -182,7 +182,8 @@ def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep
 
 def evaluate(image_features, text_features, labels):
     """Percent of the images (N, e) whose nearest text (K, e), by cosine, is that of their label (N,). The
-    temperature plays no part here: it says how sure a prediction is, not which class is ahead.
+    temperature plays no part here: it says how sure a prediction is, not which class is ahead; nor do the
+    exponential, which keeps the order, and the sum below it, which is the same for all classes.
     """
     f, g = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     return 100 * ((f @ g.T).argmax(-1) == labels).double().mean().item()
@@ -284,7 +285,7 @@ def training_features(clip, items, T, views=0, seed=1, cache=None):
 
 def generalised_cross_entropy(logits, labels, q=0.5):
     """(1 - p^q) / q, p the probability of the label (arXiv 1805.07836): between cross-entropy (q -> 0) and
-    the share of mistakes (q = 1), so that a wrong label, which stays improbable, pulls less.
+    1 - p (q = 1), nearly the share of mistakes, so that a wrong label, which stays improbable, pulls less.
     """
     log_p = logits.log_softmax(-1).gather(1, labels[:, None])
     return (-torch.expm1(q * log_p) / q).mean()          # as p^q - 1, but with a gradient also where p is 0
@@ -310,7 +311,7 @@ def linear_probe(train, val):
     features are not of unit length here, as in the official code, so C is not comparable across backbones.
 
     It knows nothing of the class names: each class is a free vector, where CoOp must find one that
-    the text encoder can say. In the paper that costs it dearly with few images; with 16 it nearly draws level.
+    the text encoder can say. On DTD, in the paper, that costs it 15 points with one image and none with 16.
     """
     (f, labels), K = (train[0].double(), train[1]), int(train[1].max()) + 1
 
@@ -336,7 +337,7 @@ def linear_probe(train, val):
 # ---- Results and prompts ------------------------------------------------------------------------
 #
 # A run of CoOp leaves two things: its prompt, a file that is whole or not there, and then a line in
-# results.jsonl. So a line tells of a whole prompt, and a run that was killed has no line, and is run again.
+# results.jsonl. So a run with a line has had a whole prompt, and one that was killed has no line and is run again.
 #
 #     {"method": "coop", "shots": 16, "seed": 1, "classes": "all", "n_test": 800, "M": 16, "position": "end",
 #      "csc": false, "epochs": 200, "views": 0, "dataset": "demo", ..., "accuracy": 74.5}
@@ -346,8 +347,8 @@ def linear_probe(train, val):
 class Results:
     """<out>/results.jsonl: one JSON object per result, appended the moment that it is known."""
 
-    # Runs are the same when all else in their lines is: who changes the method adds a setting, or old runs are
-    # "known". Device and version of torch are told, but a result from another machine counts as the same.
+    # Runs are the same when all else in their lines is: who changes the method adds a setting (or gives --again), or
+    # old runs are "known". Device and version of torch are told, but count as the same; --precision does not.
     MEASURED = frozenset(("accuracy", "C", "n_test", "seconds_images", "seconds_training", "device", "torch"))
 
     def __init__(self, out):
@@ -452,7 +453,7 @@ PAPER = {
 
 def cells(results):
     """{row name: {shots: (mean over seeds, standard deviation or None)}}; where the paper has numbers for
-    this dataset and these weights, they are rows of their own.
+    this dataset and these weights, they are a row of their own.
     """
     found = {}
     for r in results:
@@ -537,31 +538,31 @@ def open_clip(args):
 
 
 class Experiment:
-    """One dataset and one CLIP, and what all runs on them share: test features, cache, results. A method
-    is one row of the paper's tables; it returns its lines for results.jsonl.
+    """One dataset and one CLIP, and what all runs on them share: test features, cache, results. zero_shot,
+    probe, coop and transfer each make one run and return its lines for results.jsonl.
     """
 
     def __init__(self, args, dataset, clip, tokenizer):
         self.args, self.dataset, self.clip, self.tokenizer, self.results = args, dataset, clip, tokenizer, Results(args.out)
         self.names, self.template = dataset.classnames, args.template or dataset.template
         self.seconds = 0.0                               # spent on the test images
-        weights, train = clip.sha256[:16], dataset.train
+        weights = clip.sha256[:16]
         backbone = args.backbone.replace("/", "-") if args.backbone in clip_model.MODELS else pathlib.Path(args.backbone).stem
         self.cache = None if args.no_cache else data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}")
         # What all lines of this experiment have in common. Datasets are told apart by the names of their images and
         # classes, wherever they lie; weights by their checksum, as two files may share a name.
-        parts = [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (train, dataset.val, dataset.test)]
+        parts = [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (dataset.train, dataset.val, dataset.test)]
         self.common = {"dataset": dataset.name, "images": f"{zlib.crc32(repr((self.names, parts)).encode(errors='replace')):08x}", "backbone": backbone,
                        "weights": weights, "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
         print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
-              f"{args.precision}\n{dataset.name}: K = {len(self.names)} classes, {len(train)} training and {len(dataset.test)} test images")
+              f"{args.precision}\n{dataset.name}: K = {len(self.names)} classes, {len(dataset.train)} training and {len(dataset.test)} test images")
         if self.cache:
             size = sum(file.stat().st_size for file in self.cache.folder.glob("*.npz"))
             print(f"feature cache: {self.cache.folder}, {size / 2 ** 20:.0f} MB")
         if args.load or not max(args.shots):
             return
-        if not train:
+        if not dataset.train:
             raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
         # A class name that is too long should be found now, not after an hour of encoding: every learner is built
         # once for all names, as a prompt may be tested on all, and once for those that it will learn on.
@@ -571,7 +572,7 @@ class Experiment:
         shapes = dict.fromkeys(f"{tuple(learner.V.shape)}, {learner.V.numel():,} numbers" for learner in learners)
         print(f"to learn: V {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, "
               + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
-        smallest = min(collections.Counter(label for _, label in train).values())
+        smallest = min(collections.Counter(label for _, label in dataset.train).values())
         if smallest < max(args.shots):
             print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; of class folders without "
                   "train/ and test/, half of the images are for training)")
@@ -664,7 +665,7 @@ class Experiment:
     def probe(self, shots, seed):
         """A linear classifier on the image features, test crops for training too."""
         def measure():
-            start, drawn, (f, labels) = time.time(), self.draw(shots, seed), self.part(self.args.classes)
+            (f, labels), start, drawn = self.part(self.args.classes), time.time(), self.draw(shots, seed)
             if not drawn[1]:
                 raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
             sets = [self.encode(items) for items in drawn]
@@ -692,7 +693,8 @@ class Experiment:
         file = args.out / file_name(lines[0])
 
         def measure():
-            _, start, (items, _) = self.test, time.time(), self.draw(shots, seed)         # a damaged test image stops here, not after training
+            _ = self.test                                # now: a damaged test image should stop us here, not after training
+            start, (items, _) = time.time(), self.draw(shots, seed)
             features = training_features(self.clip, items, T, args.views, seed, self.cache).to(self.clip.device)
             labels = torch.tensor(data.mislabel([label for _, label in items], args.noise, len(names), seed), device=self.clip.device)
             hand = self.hand_written(args.classes) if args.keep else None
@@ -802,8 +804,9 @@ def use(args):
     if args.backbone is None:
         raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
     dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
-    d, e, g = clip.token_embedding.embedding_dim, clip.text_projection.shape[1], prompt.get("text_features")
-    if (prompt["settings"].get("weights", clip.sha256[:16]), prompt["V"].shape[-1], e if g is None else g.shape[1]) != (clip.sha256[:16], d, e):
+    d, e = clip.text_projection.shape
+    other_weights = prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]            # official files do not tell
+    if other_weights or prompt["V"].shape[-1] != d or prompt["classnames"] and prompt["text_features"].shape[1] != e:
         raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}: give its own as --backbone")
     if dataset:
         experiment = Experiment(args, dataset, clip, tokenizer)
@@ -834,9 +837,11 @@ def make_demo(folder):
         clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
                             progress=lambda step, loss: say(step + 1, f", loss {loss.item():.2f}"))
         write(folder / "clip.pt", lambda content: torch.save(clip.state_dict(), content))
-    for name, how in {"demo": (), **{name: ([("test", 25)], 2, *look) for name, look in data.SHIFTED.items()}}.items():
-        if not (folder / name).is_dir():                 # each is whole or not there
-            data.draw_dataset(folder / name, *how)
+    if not (folder / "demo").is_dir():                   # each is whole or not there
+        data.draw_dataset(folder / "demo")
+    for name, (negative, style) in data.SHIFTED.items():
+        if not (folder / name).is_dir():
+            data.draw_dataset(folder / name, [("test", 25)], 2, negative, style)
 
 
 def run(args):
@@ -852,7 +857,6 @@ def run(args):
         args.data, args.backbone, args.template = folder / "demo", folder / "clip.pt", args.template or "a photo of a {} texture."
     if args.load:
         return use(args)
-    args.backbone = args.backbone or "RN50"
     if args.world > 1:                                   # the first process makes or downloads what is missing, the others wait
         if args.rank == 0:
             data.load_dataset(args.data)
@@ -863,7 +867,7 @@ def run(args):
     runs = [(experiment.zero_shot, [classes]) for classes in [args.classes] + ["new"] * (args.classes == "base")]
     runs += [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in itertools.product(args.M, args.position, args.csc) for draw in draws]
-    if args.world > 1:                                   # each process encodes its share of all images into the cache
+    if args.world > 1:                                   # each process encodes its share of test images and CoOp's crops into the cache
         wanted = {path: {TEST} for path, _ in experiment.dataset.test}
         for shots, seed in draws:
             T = args.epochs or epochs(shots, experiment.dataset.name)
@@ -890,8 +894,8 @@ LOSSES = {"ce": F.cross_entropy, "gce": generalised_cross_entropy}
 
 
 def parse(argv):
-    """The command line as attributes. Each default stands here and nowhere else; what cannot go together is
-    refused here, before anything is loaded.
+    """The command line as attributes. Defaults stand here; only those that depend on the dataset or the prompt
+    stand where these are known. What cannot go together is refused before anything is loaded.
     """
     def at_least(low):
         def integer(text):
@@ -913,7 +917,7 @@ def parse(argv):
     add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands (%(default)s)")
     add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no", help="class-specific contexts (%(default)s; without a value yes)")
     add("--init", metavar="WORDS", help='start V from these words, "a photo of a", instead of noise; sets M')
-    add("--epochs", type=at_least(1), metavar="T", help="passes over the images (the paper's: 50 for 1 shot, 100 for 2 and 4, 200 for more)")
+    add("--epochs", type=at_least(1), metavar="T", help="passes over the images (the paper's: 50 for 1 shot and for ImageNet, 100 up to 4, else 200)")
     add("--views", type=at_least(0), default=0, metavar="V", help="reuse V crops per image; 0: a fresh crop every epoch, as the paper (%(default)s)")
     add("--template", help="zero-shot prompt with {} for the class name (the dataset's)")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (%(default)s)")
@@ -924,7 +928,7 @@ def parse(argv):
     add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
     add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels (%(default)s)")
     add("--noise", type=float, default=0.0, metavar="SHARE", help="make this share of the training labels wrong (%(default)s)")
-    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="stay near the hand-written prompt (KgCoOp: 8; %(default)s)")
+    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="keep text features near those of the hand-written prompt (KgCoOp: 8; %(default)s)")
     add("--again", action="store_true", help="repeat runs whose result is known")
     add("--load", type=pathlib.Path, metavar="PROMPT", help="use a learned prompt: with --data, --predict, --export or --words")
     add("--predict", nargs="+", metavar="IMAGE", help="the likeliest classes of pictures, or of all pictures in folders")
@@ -950,6 +954,7 @@ def parse(argv):
             (args.template is not None and "{}" not in args.template, "--template needs {} where the class name goes")):
         if wrong:
             parser.error(message)
+    args.backbone = args.backbone or (None if args.load else "RN50")
     args.M = args.M if args.init is None else args.M[:1]                 # the words of --init set M
     for key in ("M", "position", "shots", "seeds"):                      # named twice is still one run
         setattr(args, key, list(dict.fromkeys(getattr(args, key))))

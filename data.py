@@ -191,7 +191,7 @@ def write(path, save):
 
 
 class FeatureCache:
-    """Feature vectors of crops on disk, a file per image, in a folder for one set of weights.
+    """Feature vectors of crops on disk, a file per image, in a folder for one set of weights and precision.
 
     A file is read and written as a whole, as the crops of an image are asked for together. An image counts as the same while its path, size and time of change are. A file that is damaged
     counts as absent. Several processes may share the folder: each file is replaced as a whole, and if
@@ -199,7 +199,7 @@ class FeatureCache:
 
     The key tells the image and the number of the crop, and nothing of this program: who changes
     train_crop, test_crop or normalise must give the folder another name (Experiment in coop.py), or
-    will be handed what the old code saw.
+    will be handed what the old code saw. (And give the command --again, as it knows the old results, too.)
     """
 
     def __init__(self, folder):
@@ -234,7 +234,8 @@ class FeatureCache:
 # ---- Readers ------------------------------------------------------------------------------------
 
 # What the readers hand on is plain lists; which one applies is told by the files that are there. The
-# order of classes and of images within the lists is that of the official code, as the draw depends on it.
+# order of classes and of images within the lists is that of the official code, as the draw depends on it
+# (but for ImageNet, sorted here, there in the order in which the disk happens to list its files).
 
 KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
@@ -391,8 +392,10 @@ def read_class_folders(root):
     """Class folders alone, in the folder or its images/: half of each class is for training, a fifth
     for validation, the rest for testing, after a shuffle that is always the same.
     """
-    name, folder, template = next((k for k in KNOWN.values() if k[1] not in (".", "images", "jpg") and (root / k[1]).is_dir()),
-                                  (root.name, "images" if (root / "images").is_dir() else ".", Dataset.template))
+    name, folder, template = root.name, "images" if (root / "images").is_dir() else ".", Dataset.template
+    for known in KNOWN.values():                   # a dataset without its split file: some image folders tell which one
+        if known[1] not in (".", "images", "jpg") and (root / known[1]).is_dir():
+            name, folder, template = known
     found = [(path, c) for path, c in read_folders(root / folder) if name != "caltech-101" or c not in ("BACKGROUND_Google", "Faces_easy")]
     parts, rng = ([], [], []), random.Random(1)
     for _, group in itertools.groupby(found, key=lambda item: item[1]):
@@ -527,8 +530,8 @@ def draw_pairs(count, seed=0):
 
 
 def draw_dataset(root, counts=(("train", 32), ("val", 8), ("test", 50)), seed=1, negative=True, style=FADED):
-    """What the demo classifies, root/<part>/<class>/<number>.png, counts pictures per class: old
-    negatives, all of them, faded and grainy, of which a prompt should know. Whole or not there at all.
+    """What the demo classifies, root/<part>/<class>/<number>.png, counts pictures per class: negatives, all
+    of them, fainter and grainier than any that the small CLIP has seen. Whole or not there at all.
     """
     rng, drawing = np.random.default_rng(seed), root.with_name(root.name + ".drawing")
     shutil.rmtree(drawing, ignore_errors=True)

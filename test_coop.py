@@ -2,9 +2,9 @@
 
     pip install -r requirements.txt pytest && pip install --no-deps clip-anytorch==2.6.0
     python -m pytest -q                              # the proofs
-    python test_coop.py                              # the benchmark: the table of README
+    python test_coop.py [PHOTOS]                     # the benchmark: the table of README
 
-Each docstring is a theorem and the test its check, on small random models; the oracles are OpenAI's
+A docstring is a theorem and the test its check, on small random models; the oracles are OpenAI's
 own model.py and simple_tokenizer.py (out of the clip-anytorch package, loaded file by file: the
 package itself no longer imports), PyTorch's modules, and formulas written out. Where it could be
 missed that a check has become empty, a control stands beside it that has to fail.
@@ -769,9 +769,9 @@ def test_a_loss_that_is_no_number_stops_training():
         coop.train(clip, learner, features, torch.zeros(40, dtype=torch.long), 3)
 
 
-def test_memory_does_not_depend_on_the_number_of_classes():
-    """What autograd keeps for the backward pass, counted in bytes: with recomputation 40 times the
-    classes keep less than what a single group of RECOMPUTE_ABOVE tokens keeps without.
+def test_memory_per_class_falls_once_activations_are_recomputed():
+    """Per token, 4,000 classes keep less than a quarter of what 100 classes, which are not recomputed, keep for the
+    backward pass: their embeddings and features, but the activations of one group only.
     """
     clip, kept = CLIP(8, clip_model.VisionTransformer(32, 32, 64, 1, 8), 64, 2, vocab_size=514).requires_grad_(False), []
     for K in (100, 4000):
@@ -1122,7 +1122,7 @@ def test_each_ground_floor_file_works_alone(reader, file, words, needed):
 
 
 def test_readme_example_in_your_own_code(reader, capsys):
-    """README's ten lines run as they stand."""
+    """README's lines run as they stand."""
     dataset = data.load_dataset("my_photos")
     code = readme_block("coop.training_features")
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
@@ -1388,7 +1388,7 @@ def test_options_beyond_the_paper_and_the_picture(world, tmp_path, capsys):
     assert Image.open(tmp_path / "data.png").size[0] > 600
 
 
-def test_table_shows_the_papers_numbers_in_rows_of_their_own():
+def test_table_shows_the_papers_numbers_in_a_row_of_their_own():
     line = {**coop.USUAL, "method": "coop", "dataset": "dtd", "backbone": "RN50", "weights": "afeb0e10f9e5a86d", "classes": "all", "epochs": 100,
             "n_test": 1692, "precision": "fp32", "device": "cpu"}
     text = coop.table([{**line, "shots": 4, "seed": s, "accuracy": a} for s, a in ((1, 50.0), (2, 52.0), (3, 57.0))])
