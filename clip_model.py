@@ -375,10 +375,10 @@ def prepare(clip, image_dtype=torch.float32):
 
     BatchNorm in eval mode is a scale and a shift, which go into the convolution before it:
     a (W x) + b = (a W) x + b with a = gain / sqrt(variance), b = bias - a mean. The 1.702 of QuickGELU
-    goes into the linear layers around it (but for the last bias, which is added after them); what stays is
-    torch's SiLU. Weights are laid out channels-last, like data.normalise's images, as the fast kernels want them. EXACT up to rounding in float32 (1e-5;
-    test_encoders_equal_openais). image_dtype bfloat16 or float16, for the image encoder alone, is
-    APPROXIMATE (README, "Speed").
+    goes into the linear layers around it (but for the last bias, which is added after them); what
+    stays is torch's SiLU. Weights are laid out channels-last, like data.normalise's images, as the
+    fast kernels want them. EXACT up to rounding in float32 (1e-5; test_encoders_equal_openais).
+    image_dtype bfloat16 or float16, for the image encoder alone, is APPROXIMATE (README, "Speed").
     """
     for module in list(clip.modules()):
         for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
@@ -502,7 +502,7 @@ class Reader(pickle._Unpickler):                                        # not th
         if (module, name) in (("collections", "OrderedDict"), ("collections", "defaultdict"), ("__builtin__", "dict")):
             return lambda *_: OrderedDict()
         if module.split(".")[0] == "__torch__" or module.startswith(("torch.optim.", "dassl.")):
-            return type("Inert", (Inert,), {})                          # a module, an optimiser; a pickle may change the class, so a new one
+            return type("Inert", (Inert,), {})                          # a module, an optimiser: a new class, as pickles may change it
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which no weight file needs")
 
     def persistent_load(self, pid):

@@ -251,7 +251,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
             paths, numbers, pixels = zip(*itertools.islice(found, size))
             f = clip.encode_image(data.normalise(torch.from_numpy(np.stack(pixels)).to(clip.device))).float().cpu()
             if not f.isfinite().all():
-                raise ValueError(f"features of {paths[0]} or its neighbours are not numbers: damaged weights, or too large for --precision")
+                raise ValueError(f"features of {paths[0]} or its neighbours are not numbers: damaged weights, or this --precision")
             features[rows[start:start + size]] = f
             for path, n, vector in zip(paths, numbers, f.numpy()) if cache else ():
                 fresh.setdefault(path, {})[n] = vector
@@ -552,11 +552,13 @@ class Experiment:
         # What all lines of this experiment have in common. Datasets are told apart by the names of their images and
         # classes, wherever they lie; weights by their checksum, as two files may share a name.
         parts = [[(pathlib.Path(path).parts[-2:], label) for path, label in part] for part in (dataset.train, dataset.val, dataset.test)]
-        self.common = {"dataset": dataset.name, "images": f"{zlib.crc32(repr((self.names, parts)).encode(errors='replace')):08x}", "backbone": backbone,
-                       "weights": weights, "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
+        images = zlib.crc32(repr((self.names, parts)).encode(errors="replace"))
+        self.common = {"dataset": dataset.name, "images": f"{images:08x}", "backbone": backbone, "weights": weights,
+                       "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
 
-        print(f"CLIP {backbone} on {args.device}: {sum(p.numel() for p in clip.parameters()) / 1e6:.1f} M parameters, all frozen; images in "
-              f"{args.precision}\n{dataset.name}: K = {len(self.names)} classes, {len(dataset.train)} training and {len(dataset.test)} test images")
+        size = sum(p.numel() for p in clip.parameters()) / 1e6
+        print(f"CLIP {backbone} on {args.device}: {size:.1f} M parameters, all frozen; images in {args.precision}")
+        print(f"{dataset.name}: K = {len(self.names)} classes, {len(dataset.train)} training and {len(dataset.test)} test images")
         if self.cache:
             size = sum(file.stat().st_size for file in self.cache.folder.glob("*.npz"))
             print(f"feature cache: {self.cache.folder}, {size / 2 ** 20:.0f} MB")
@@ -574,8 +576,8 @@ class Experiment:
               + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
         smallest = min(collections.Counter(label for _, label in dataset.train).values())
         if smallest < max(args.shots):
-            print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; of class folders without "
-                  "train/ and test/, half of the images are for training)")
+            print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; "
+                  "of class folders without train/ and test/, half of the images are for training)")
 
     def encode(self, items):
         """Features (N, e) of the test crops of items, and their labels (N,)."""
@@ -701,7 +703,8 @@ class Experiment:
             encoded, say = time.time(), progress_line("learning V, epochs", T)
             train(self.clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, hand,
                   lambda n, loss, accuracy: say(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
-            V, seconds = learner.V.detach(), {"seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
+            seconds = {"seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
+            V = learner.V.detach()
             tests = [self.accuracy(V, position, classes) for classes in tested_on]
             measured = [{**seconds, "accuracy": accuracy} for accuracy, _ in tests]
             write(file, lambda content: torch.save({
@@ -911,14 +914,14 @@ def parse(argv):
     source.add_argument("--data", type=pathlib.Path, metavar="DIR", help="a dataset, or a folder of class folders")
     source.add_argument("--demo", action="store_true", help="drawn textures and a small CLIP trained here, nothing to download")
     add("--shots", type=at_least(0), nargs="+", default=[16], metavar="N", help="training images per class; 0: zero-shot only (%(default)s)")
-    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of the drawn images, V's start, the batches and --noise (%(default)s)")
+    add("--seeds", type=at_least(0), nargs="+", default=[1], metavar="S", help="of images drawn, V's start, batches, --noise (%(default)s)")
     add("--backbone", help=f"a weight file or one of {', '.join(clip_model.MODELS)} (RN50, or what --load was learned for)")
     add("--M", type=at_least(1), nargs="+", default=[16], metavar="M", help="number of context vectors, the paper's M (%(default)s)")
     add("--position", nargs="+", default=["end"], choices=["end", "middle", "front"], help="where the class name stands (%(default)s)")
-    add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no", help="class-specific contexts (%(default)s; without a value yes)")
+    add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no", help="class-specific contexts (%(default)s)")
     add("--init", metavar="WORDS", help='start V from these words, "a photo of a", instead of noise; sets M')
-    add("--epochs", type=at_least(1), metavar="T", help="passes over the images (the paper's: 50 for 1 shot and for ImageNet, 100 up to 4, else 200)")
-    add("--views", type=at_least(0), default=0, metavar="V", help="reuse V crops per image; 0: a fresh crop every epoch, as the paper (%(default)s)")
+    add("--epochs", type=at_least(1), metavar="T", help="passes over the images (1 shot and ImageNet: 50, up to 4: 100, else 200)")
+    add("--views", type=at_least(0), default=0, metavar="V", help="reuse V crops per image; 0: fresh ones, as the paper (%(default)s)")
     add("--template", help="zero-shot prompt with {} for the class name (the dataset's)")
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute (%(default)s)")
     add("--precision", choices=list(PRECISIONS), help="of the image encoder (fp32 on CPU, fp16 on CUDA)")
@@ -928,7 +931,7 @@ def parse(argv):
     add("--plot", action="store_true", help="accuracy against shots as a picture in --out (needs matplotlib)")
     add("--loss", choices=list(LOSSES), default="ce", help="cross-entropy, or generalised: for wrong labels (%(default)s)")
     add("--noise", type=float, default=0.0, metavar="SHARE", help="make this share of the training labels wrong (%(default)s)")
-    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="keep text features near those of the hand-written prompt (KgCoOp: 8; %(default)s)")
+    add("--keep", type=float, default=0.0, metavar="WEIGHT", help="stay near the hand-written prompt's features (KgCoOp: 8; %(default)s)")
     add("--again", action="store_true", help="repeat runs whose result is known")
     add("--load", type=pathlib.Path, metavar="PROMPT", help="use a learned prompt: with --data, --predict, --export or --words")
     add("--predict", nargs="+", metavar="IMAGE", help="the likeliest classes of pictures, or of all pictures in folders")
@@ -977,7 +980,7 @@ def share_out(args):
     if args.device == "cuda":
         torch.cuda.set_device(args.rank % torch.cuda.device_count())
     if args.world > 1 and (args.no_cache or args.load):
-        raise ValueError("several processes share image features through the cache, to learn prompts: no --no-cache and --load with torchrun")
+        raise ValueError("torchrun is for learning prompts, and image features are shared through the cache: no --load, no --no-cache")
     return contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext()
 
 

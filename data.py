@@ -88,7 +88,8 @@ def mislabel(labels, share, K, seed):
 #
 # CLIP reads squares of R x R pixels. At test time that is the middle of the picture, always the same.
 # For training each epoch cuts another random part, which is meant to keep V from learning the few
-# images by heart (on the demo one crop per image does as well: README, "Speed"). Torchvision's transforms are written out here as this needs Pillow alone.
+# images by heart (on the demo one crop per image does as well: README, "Speed"). Torchvision's
+# transforms are written out here as this needs Pillow alone.
 
 def read_image(path):
     """Any picture that Pillow reads by itself, as RGB; its EXIF rotation is left alone, as in the official code."""
@@ -193,9 +194,10 @@ def write(path, save):
 class FeatureCache:
     """Feature vectors of crops on disk, a file per image, in a folder for one set of weights and precision.
 
-    A file is read and written as a whole, as the crops of an image are asked for together. An image counts as the same while its path, size and time of change are. A file that is damaged
-    counts as absent. Several processes may share the folder: each file is replaced as a whole, and if
-    two write the same one, the last one counts, and what the other knew is computed again another time.
+    A file is read and written as a whole, as the crops of an image are asked for together. An image
+    counts as the same while its path, size and time of change are. A file that is damaged counts as
+    absent. Several processes may share the folder: each file is replaced as a whole, and if two write
+    the same one, the last one counts, and what the other knew is computed again another time.
 
     The key tells the image and the number of the crop, and nothing of this program: who changes
     train_crop, test_crop or normalise must give the folder another name (Experiment in coop.py), or
