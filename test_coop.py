@@ -648,7 +648,7 @@ def test_unpacking_stays_inside(tmp_path, monkeypatch):
 def test_feature_cache(tmp_path, capsys):
     """What was put comes back bit for bit, beside what was there; a changed image, a flipped byte and a ruined file count as absent."""
     image = pictures(tmp_path, ["a"], 2) / "a" / "a_0.png"
-    other, vectors = tmp_path / "a" / "a_1.png", np.random.rand(3, 8).astype(np.float32)
+    other, vectors = tmp_path / "a" / "a_1.png", np.random.rand(3, 2048).astype(np.float32)
     cache = data.FeatureCache(tmp_path / "cache")
     cache.put(cache.file(image), {0: vectors[0]})
     cache.put(cache.file(other), {5: vectors[2]})
@@ -662,8 +662,8 @@ def test_feature_cache(tmp_path, capsys):
     file, whole = again.file(image), again.file(image).read_bytes()
     flipped = bytearray(whole)
     flipped[whole.find(vectors[0].tobytes()) + 3] ^= 1
-    assert b"(2, 8)" in whole                            # the shape as numpy writes it; another one would read less than all bytes
-    for ruined in (bytes(flipped), whole.replace(b"(2, 8)", b"(2, 0)"), whole[:-30], b"no archive " * 100, b""):
+    assert b"(2, 2048)" in whole                            # the shape as numpy writes it; another one would read less than all bytes
+    for ruined in (bytes(flipped), whole.replace(b"(2, 2048)", b"(2, 2040)"), whole[:-30], b"no archive " * 100, b""):
         file.write_bytes(ruined)
         assert again.get(file) == {} and "damaged" in capsys.readouterr().err
     again.put(file, {0: vectors[0]})
@@ -968,6 +968,9 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypa
             ([*world, "--shots", "-1"], "--shots: -1 .*0 or more"),
             ([*world, "--shots", "x"], "--shots: invalid integer value: 'x'"),
             ([*world, "--device", "cuda"], "finds no CUDA device"),
+            ([*world, "--json"], "--json goes with --predict"),
+            ([*world, "--noise", "1.5"], "--noise is a share between 0 and 1"),
+            ([*world, "--keep", "-1"], "--keep a weight of 0 or more"),
             ([*world, "--template", "a photo"], "needs {}"),
             (["--load", "nowhere.pt", "--words", "1"], "nowhere.pt: no such file"),
             (with_data(pictures(tmp_path / "half" / "train", ["a", "b"], 2).parent), "has train/ but no test/ beside it"),
@@ -1014,7 +1017,7 @@ open(sys.argv[-1] + "/encoded" + os.environ.get("RANK", "0"), "w").write(str(sum
     for file in (tmp_path / "one").glob("*.pt"):
         assert torch.allclose(coop.load_prompt(file)["V"], coop.load_prompt(tmp_path / "two" / file.name)["V"], atol=1e-5)
     alone, shares = int((tmp_path / "one" / "encoded0").read_text()), [int((tmp_path / "two" / f"encoded{rank}").read_text()) for rank in (0, 1)]
-    assert sum(shares) < 1.1 * alone and min(shares) > alone / 3, (alone, shares)      # a validation image may be met twice
+    assert sum(shares) < 1.25 * alone and min(shares) > alone / 3, (alone, shares)      # a validation image may be met twice
 
 
 def test_the_process_itself(world, tmp_path):
@@ -1154,6 +1157,15 @@ def test_known_runs_are_not_repeated(world, tmp_path, capsys, monkeypatch):
     assert len(trained) == 13
 
 
+def test_file_names_tell_long_settings_apart():
+    """Names have at most 200 bytes before .pt, which every file system takes, in any script, and still differ."""
+    r = {**coop.USUAL, "dataset": "写真" * 60, "backbone": "RN50", "shots": 1, "seed": 1, "epochs": 50, "classes": "all", "device": "cpu",
+         "precision": "fp32"}
+    names = [coop.file_name({**r, **change}) for change in ({}, {"seed": 2}, {"M": 4}, {"init": "very " * 50 + "good"}, {"init": "very " * 50 + "bad"})]
+    assert len(set(names)) == 5 and max(len(name.encode()) for name in names) <= 203
+    assert coop.file_name({**r, "dataset": "a/b c"}) == "a-b-c-RN50-1shot-seed1.pt"
+
+
 def test_a_prompt_file_belongs_to_one_run(world, tmp_path, capsys):
     """A run is known while the prompt under its name is its own: not damaged, nor that of a run of the same name."""
     for init in ("a photo!", "very " * 12, "a photo?"):
@@ -1186,6 +1198,10 @@ def test_base_and_new(world, tmp_path, capsys):
     assert f"{2 * base * 100 / (base + 100):.2f} %" in printed
     assert coop.load_prompt(tmp_path / "data-traced-2shot-seed1-epochs=1-classes=base.pt")["classnames"] == ["banded", "grid"]
     assert [data.subset(5, c) for c in ("all", "base", "new")] == [[0, 1, 2, 3, 4], [0, 1, 2], [3, 4]]
+    text = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(text[:-1]))              # half of a result is none
+    command([*world, "--shots", "2", "--epochs", "1", "--classes", "base"], tmp_path, capsys)
+    assert [(r["method"], r["classes"]) for r in lines(tmp_path)][-2:] == [("coop", "base"), ("coop", "new")] and len(lines(tmp_path)) == 5
 
 
 def wider(folder):
@@ -1449,7 +1465,7 @@ def test_a_sweep_killed_twenty_times_ends_as_if_undisturbed(world, tmp_path):
     (tmp_path / "killed" / "half.pt.7.tmp").write_bytes(b"what a kill in the midst of writing leaves behind")
     last = child([*sweep, "--cache", str(tmp_path / "cache2")], tmp_path / "killed")
     last.join(120)
-    assert last.exitcode == 0 and midway >= 8, midway
+    assert last.exitcode == 0 and midway >= 3, midway
     again, same = outcome(tmp_path / "killed")
     assert same == accuracies and again.keys() == prompts.keys()
     assert max((again[name] - prompts[name]).abs().max() for name in prompts) < 1e-5
