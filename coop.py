@@ -317,7 +317,9 @@ def linear_probe(train, val):
 
     @functools.cache
     def fit(C):
-        W = torch.zeros(K, f.shape[1] + 1, dtype=f.dtype, requires_grad=True)        # the last column is the bias
+        # From zero, as the loss is convex: wherever the search starts, it ends at the same optimum. The last column
+        # is the bias, which is not held small.
+        W = torch.zeros(K, f.shape[1] + 1, dtype=f.dtype, requires_grad=True)
         optimizer = torch.optim.LBFGS([W], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
         def loss():
@@ -481,7 +483,7 @@ def table(results):
 
 def plot(results, file):
     """The paper's figure 3: accuracy against shots, zero-shot as a star, the spread over seeds as a band."""
-    # The one optional package; parse() looks for it.
+    # The one optional package; parse() looks for it. Without its pyplot, which would look for a screen.
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -726,6 +728,8 @@ class Experiment:
                                  f"{strangers[0] if strangers else 'others'!r}; only a unified prompt goes with other classes")
             V = V[[known.index(name) for name in names]] if known and known != names else V
         position = old["position"] or self.args.position[0]
+        # The line tells how V was learned and where it was tested, and a checksum of V: a prompt that was learned
+        # anew may have the same name and settings.
         line = {**old, **self.line("coop", old["shots"], old["seed"], classes, prompt=str(self.args.load), learned_on=old["dataset"],
                                    V=f"{zlib.crc32(prompt['V'].numpy().tobytes()):08x}",
                                    **{key: old[key] for key in ("M", "csc", "epochs", "views")}, position=position)}
@@ -788,6 +792,7 @@ def nearest_words(prompt, clip, tokenizer, count):
     for i, context in enumerate(V if V.dim() == 3 else V[None]):
         if V.dim() == 3:
             print(prompt["classnames"][i] if prompt["classnames"] else f"class {i}")
+        # Not by way of a matrix product, |a|^2 - 2ab + |b|^2, as such small differences of large numbers lose digits.
         distances = torch.cdist(context, embedding, compute_mode="donot_use_mm_for_euclid_dist")         # (M, vocabulary)
         for m, (near, ids) in enumerate(zip(*distances.topk(min(count, len(embedding)), largest=False)), 1):
             words = [tokenizer.decode([j]).strip() for j in ids.tolist()]
@@ -808,7 +813,8 @@ def use(args):
         raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
     dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
     d, e = clip.text_projection.shape
-    other_weights = prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]            # official files do not tell
+    # Prompts from the official code do not tell their weights; the widths are all that can be checked then.
+    other_weights = prompt["settings"].get("weights", clip.sha256[:16]) != clip.sha256[:16]
     if other_weights or prompt["V"].shape[-1] != d or prompt["classnames"] and prompt["text_features"].shape[1] != e:
         raise ValueError(f"{args.load} was learned for other weights than those of {args.backbone}: give its own as --backbone")
     if dataset:
@@ -975,7 +981,8 @@ def share_out(args):
     args.rank, args.world = 0, 1
     if "TORCHELASTIC_RUN_ID" not in os.environ:          # which torchrun sets
         return contextlib.nullcontext()
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))      # they meet rarely
+    # gloo on GPUs as well: what the processes exchange are lines of results. They meet rarely, hence the timeout.
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))
     args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if args.device == "cuda":
         torch.cuda.set_device(args.rank % torch.cuda.device_count())

@@ -376,7 +376,9 @@ def is_image(path):
 
 
 def read_folders(folder):
-    """[(path, class), ...] from folder/<class>/*; classes and files sorted, hidden files and text passed over."""
+    """[(path, class), ...] from folder/<class>/*; classes and files sorted, as the order in which a disk lists
+    them differs from machine to machine; hidden files and text passed over.
+    """
     found = [(sub / image, sub.name) for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")
              for image in sorted(os.listdir(sub)) if is_image(image)]
     if not found:
