@@ -15,9 +15,7 @@ Needs torch, numpy and pillow, and none of its neighbours.
 """
 import collections
 import concurrent.futures
-import dataclasses
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -39,19 +37,11 @@ PARTS = ("train", "val", "test")
 TEST = -1                                                        # as crop number: the test crop
 Image.init()
 FORMATS = [name for name in Image.OPEN if name != "EPS"]         # such a file is a program, run by Ghostscript
+PHOTO = "a photo of a {}."                                       # the template of whatever has none of its own
 
-
-@dataclasses.dataclass
-class Dataset:
-    """train, val, test: lists of (path, label), label an index into classnames; template: the hand-written
-    prompt that the zero-shot baseline uses, with {} for the class name.
-    """
-    name: str
-    classnames: list
-    train: list
-    val: list
-    test: list
-    template: str = "a photo of a {}."
+# train, val, test: lists of (path, label), label an index into classnames; template: the hand-written prompt that the
+# zero-shot baseline uses, with {} for the class name.
+Dataset = collections.namedtuple("Dataset", "name classnames train val test template", defaults=[PHOTO])
 
 
 def few_shot(items, shots, rng):
@@ -98,13 +88,13 @@ def read_image(path):
 
 def test_crop(image, R):
     """The short side resized to R (bicubic), then the square in the middle."""
-    def middle(image, width, height):
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return image.crop((left, top, left + width, top + height))
-
-    short = min(image.size)                        # 1 x 20,000 pixels would become R x 4,480,000: its far ends go first
-    image = middle(image, min(image.width, 50 * short), min(image.height, 50 * short))
-    return middle(image.resize([int(R * side / short) for side in image.size], Image.BICUBIC), R, R)
+    short = min(image.size)
+    width, height = (min(side, 50 * short) for side in image.size)     # 1 x 20,000 pixels would become R x 4,480,000
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize([int(R * side / short) for side in image.size], Image.BICUBIC)
+    left, top = (round((side - R) / 2) for side in image.size)
+    return image.crop((left, top, left + R, top + R))
 
 
 def train_crop(image, R, rng):
@@ -116,8 +106,7 @@ def train_crop(image, R, rng):
     """
     width, height = image.size
     for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area, ratio = width * height * rng.uniform(0.08, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
@@ -138,8 +127,8 @@ def cut(path, numbers, R):
     and what the image encoder makes of one can be kept on disk.
     """
     image, name = read_image(path), "/".join(pathlib.Path(path).parts[-2:])
-    return np.stack([np.asarray(test_crop(image, R) if n == TEST else train_crop(image, R, random.Random(f"{name} {n}")))
-                     for n in numbers])
+    found = [test_crop(image, R) if n == TEST else train_crop(image, R, random.Random(f"{name} {n}")) for n in numbers]
+    return np.stack(found)
 
 
 def crops(jobs, R):
@@ -147,16 +136,13 @@ def crops(jobs, R):
     Pillow lets go of Python's lock; but a picture each at most, so that memory does not depend on the consumer.
     """
     jobs, workers = [(path, numbers) for path, numbers in jobs if numbers], min(16, os.cpu_count() or 1)
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         submitted = (pool.submit(cut, path, numbers, R) for path, numbers in jobs)
         ahead = collections.deque(itertools.islice(submitted, workers + 1))
         for path, numbers in jobs:
             pixels = ahead.popleft().result()
             ahead.extend(itertools.islice(submitted, 1))
             yield from zip(itertools.repeat(path), numbers, pixels)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def normalise(pixels):
@@ -207,10 +193,9 @@ class FeatureCache:
                 if found.zip.testzip():                  # compares all checksums
                     raise ValueError("wrong checksum")
                 return dict(zip(found["numbers"].tolist(), found["vectors"]))
-        except FileNotFoundError:
-            return {}
         except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way
-            print(f"feature cache: {file} is damaged ({error}): its image is encoded again", file=sys.stderr)
+            if not isinstance(error, FileNotFoundError):
+                print(f"feature cache: {file} is damaged ({error}): its image is encoded again", file=sys.stderr)
             return {}
 
     def put(self, file, vectors):
@@ -221,21 +206,27 @@ class FeatureCache:
 
 # ---- Readers ------------------------------------------------------------------------------------
 #
-# What the readers hand on is plain lists; which one applies is told by the files that are there. The order of classes
-# and of images in the lists is that of the official code, as the draw depends on it (but for ImageNet: sorted here,
-# there in the order in which the disk happens to list its files).
+# The files in a folder tell which reader applies. It returns a name, a template, {key: class name} and, for train, val
+# and test, lists of (path, key). The key is what tells classes apart, the folder's name or a number: two classes may
+# have one name. The order of classes and of images is that of the official code, as the draw depends on it (but for
+# ImageNet: sorted here, there in the order in which the disk happens to list its files).
 
 KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
-    "split_zhou_Caltech101.json": ("caltech-101", "101_ObjectCategories", "a photo of a {}."),
+    "split_zhou_Caltech101.json": ("caltech-101", "101_ObjectCategories", PHOTO),
     "split_zhou_EuroSAT.json": ("eurosat", "2750", "a centered satellite photo of {}."),
     "split_zhou_OxfordFlowers.json": ("oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
     "split_zhou_OxfordPets.json": ("oxford_pets", "images", "a photo of a {}, a type of pet."),
     "split_zhou_Food101.json": ("food-101", "images", "a photo of {}, a type of food."),
-    "split_zhou_StanfordCars.json": ("stanford_cars", ".", "a photo of a {}."),
-    "split_zhou_SUN397.json": ("sun397", "SUN397", "a photo of a {}."),
-    "split_zhou_UCF101.json": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}."),
-}
+    "split_zhou_StanfordCars.json": ("stanford_cars", ".", PHOTO),
+    "split_zhou_SUN397.json": ("sun397", "SUN397", PHOTO),
+    "split_zhou_UCF101.json": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}.")}
+MENDED = {   # folder: class name, where the two differ; None: no class
+    "caltech-101": {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
+                    "BACKGROUND_Google": None, "Faces_easy": None},
+    "eurosat": {"AnnualCrop": "Annual Crop Land", "PermanentCrop": "Permanent Crop Land", "Pasture": "Pasture Land",
+                "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
+                "Industrial": "Industrial Buildings", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}}
 
 
 def load_dataset(root):
@@ -243,71 +234,48 @@ def load_dataset(root):
     what was expected, if none does, or if the files contradict each other: said now, not after an hour of encoding.
     """
     root = pathlib.Path(root).resolve()
-    if root.name == "dtd":
+    if root.name == "dtd" and not root.exists():
         download_dtd(root)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder (expected a dataset, or class folders with images)")
-    folders = {f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."}
-    if splits := sorted(root.glob("split_zhou_*.json")):
-        dataset = read_split(root, splits[0])
-    elif (root / "labels" / "train1.txt").is_file():
-        dataset = read_dtd(root)
-    elif (root / "images_variant_train.txt").is_file():
-        dataset = read_aircraft(root)
-    elif (root / "classnames.txt").is_file():
-        dataset = read_imagenet(root)
-    elif {"train", "test"} <= folders or "test" in folders <= {"val", "test"}:
-        parts = [read_folders(root / part) if part in folders else [] for part in PARTS]
-        dataset = labelled(root.name, [key for _, key in parts[0] or parts[2]], parts)
-    elif "train" in folders and not any(map(is_image, os.listdir(root / "train"))):
-        raise ValueError(f"{root} has train/ but no test/ beside it (or put all class folders into {root} itself)")
-    else:
-        dataset = read_class_folders(root)
+    readers = {"split_zhou_*.json": read_split, "labels/train1.txt": read_dtd,
+               "images_variant_train.txt": read_aircraft, "classnames.txt": read_imagenet}
+    reader = next((reader for file, reader in readers.items() if any(root.glob(file))), read_folders)
+    name, template, names, parts = reader(root)
 
-    for label, name in enumerate(dataset.classnames):
-        if not isinstance(name, str) or not name.strip() or not name.isprintable():
-            raise ValueError(f"{root}: class {label} has the name {name!r}; expected printable text")
-    if len(dataset.classnames) < 2 or not dataset.test:
-        raise ValueError(f"{root}: {len(dataset.classnames)} classes and {len(dataset.test)} test images; "
-                         "expected at least 2 classes and some test images")
-    missing = [path for path, _ in dataset.train + dataset.val + dataset.test if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(f"{root}: {len(missing)} images of the split are missing, the first is {missing[0]}. "
-                         "Is the archive unpacked in full?")
-    return dataset
-
-
-def labelled(name, keys, parts, template=Dataset.template, classname=str):
-    """The Dataset of parts [(path, key), ...]: classes count in the order in which keys names them first; classname
-    makes a key readable.
-    """
-    labels = {key: label for label, key in enumerate(dict.fromkeys(keys))}
     for path, key in itertools.chain(*parts):
-        if key not in labels:
-            raise ValueError(f"{name}: {path} is of class {key!r}, which is none of the {len(labels)} classes "
+        if key not in names:
+            raise ValueError(f"{path} is of class {key!r}, which is none of the {len(names)} classes "
                              "(those of the training images, or of a list beside them)")
-    return Dataset(name, list(map(classname, labels)), *([(p, labels[key]) for p, key in part] for part in parts), template)
+        if path.parts[:len(root.parts)] != root.parts or ".." in path.parts:
+            raise ValueError(f"the split of {root} has a path that leads outside, {path}")
+    if strange := [n for n in names.values() if not isinstance(n, str) or not n.strip() or not n.isprintable()]:
+        raise ValueError(f"{root}: a class has the name {strange[0]!r}; expected printable text")
+    if missing := [path for path, _ in itertools.chain(*parts) if not os.path.isfile(path)]:
+        raise ValueError(f"{root}: {len(missing)} images of the split are missing, the first is {missing[0]}")
+    if len(names) < 2 or not parts[2]:
+        raise ValueError(f"{root}: {len(names)} classes and {len(parts[2])} test images; needed are at least 2 and 1")
+    labels = {key: label for label, key in enumerate(names)}
+    parts = [[(path, labels[key]) for path, key in part] for part in parts]
+    return Dataset(name, list(names.values()), *parts, template)
 
 
-def read_split(root, file):
+def read_split(root):
     """The paper's split files: {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}. They are
     CoOp's own, as most of these datasets have no validation part, and give names, since folders are often codes.
     """
-    name, folder, template = KNOWN.get(file.name, (root.name, "images", Dataset.template))
+    file = min(root.glob("split_zhou_*.json"))
+    name, folder, template = KNOWN.get(file.name, (root.name, "images", PHOTO))
     try:
         split = json.loads(file.read_text(encoding="utf-8"))
-        parts = [[(path, (label, classname)) for path, label, classname in split[part]] for part in PARTS]
-        keys = sorted({key for part in parts for _, key in part})
-        for path in (pathlib.PureWindowsPath(path) for part in parts for path, _ in part):     # knows both slashes
-            if path.anchor or ".." in path.parts:
-                raise ValueError(f"path {str(path)!r} points outside")
-        if [(type(label), label) for label, _ in keys] != [(int, label) for label in range(len(keys))]:
+        parts = [[(root / folder / path, label) for path, label, _ in split[part]] for part in PARTS]
+        names = sorted({(label, word) for part in PARTS for _, label, word in split[part]})
+        if [(type(label), label) for label, _ in names] != [(int, label) for label in range(len(names))]:
             raise ValueError("labels are not 0 .. K - 1, with one name each")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except Exception as error:  # noqa: BLE001       JSON of another shape can fail in any way
         raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
                          '{"train": [[path, label, class name], ...], "val": ..., "test": ...}') from None
-    parts = [[(root / folder / path, key) for path, key in part] for part in parts]
-    return labelled(name, keys, parts, template, classname=lambda key: key[1])
+    return name, template, dict(names), parts
 
 
 def read_lines(file):
@@ -316,23 +284,27 @@ def read_lines(file):
 
 
 def read_dtd(root):
-    """DTD as its authors ship it: images/<class>/*.jpg and the first of their ten splits."""
-    print(f"{root}: no split_zhou_DescribableTextures.json, so DTD's own split 1 is used: accuracy does not "
-          "compare with the paper's", file=sys.stderr)
-    parts = [[(root / "images" / line, line.split("/")[0]) for line in read_lines(root / "labels" / f"{part}1.txt")]
-             for part in PARTS]
-    return labelled("dtd-split1", sorted(key for part in parts for _, key in part), parts, "{} texture.")
+    """DTD as its authors ship it, with the paper's split, or while that cannot be had with the first of their ten."""
+    try:
+        download(*DTD_SPLIT, root / "split_zhou_DescribableTextures.json")
+        return read_split(root)
+    except OSError as error:
+        print(f"note: {error}. DTD's own split 1 is used: accuracy does not compare with the paper's", file=sys.stderr)
+    lines = [read_lines(root / "labels" / f"{part}1.txt") for part in PARTS]
+    parts = [[(root / "images" / line, line.split("/")[0]) for line in part] for part in lines]
+    return "dtd-split1", "{} texture.", {c: c for c in sorted(c for part in parts for _, c in part)}, parts
 
 
 def read_aircraft(root):
     """FGVC Aircraft: variants.txt names the classes; the lists hold "1025794 707-320"."""
-    parts = [[line.partition(" ") for line in read_lines(root / f"images_variant_{part}.txt")] for part in PARTS]
-    parts = [[(root / "images" / f"{image}.jpg", variant) for image, _, variant in part] for part in parts]
-    return labelled("fgvc_aircraft", read_lines(root / "variants.txt"), parts, "a photo of a {}, a type of aircraft.")
+    lines = [[line.partition(" ") for line in read_lines(root / f"images_variant_{part}.txt")] for part in PARTS]
+    parts = [[(root / "images" / f"{image}.jpg", variant) for image, _, variant in part] for part in lines]
+    names = {variant: variant for variant in read_lines(root / "variants.txt")}
+    return "fgvc_aircraft", "a photo of a {}, a type of aircraft.", names, parts
 
 
 def read_imagenet(root):
-    """ImageNet (images/train, images/val; test is val) or a variant that has only test images.
+    """ImageNet (images/train, images/val; test is val) or a variant that has only test images, in any one folder.
 
     classnames.txt: "n01440764 tench". Class folders are named n01440764, or 0 .. 999 (ImageNetV2) for the lines of
     classnames.txt. A and R hold 200 of the classes: those present are the classes.
@@ -340,26 +312,20 @@ def read_imagenet(root):
     lines = [line.partition(" ") for line in read_lines(root / "classnames.txt")]
     names = {key: name.strip() or key for key, _, name in lines}
     names |= {str(i): name for i, name in enumerate(names.values())}
-    train, test = [], None
-    for folder in (root, root / "images"):
-        if (folder / "train").is_dir() and (folder / "val").is_dir():
-            train, test = read_folders(folder / "train"), read_folders(folder / "val")
-    if test is None:                               # the images are in the one folder that has class folders
-        inner = [f.parent for f in sorted(root.glob("*/*/")) if f.name in names]
-        test = read_folders(inner[0] if inner else root)
-    keys = sorted({key for _, key in train or test}, key=lambda key: (int(key), "") if key.isdigit() else (-1, key))
-    if unknown := [key for key in keys if key not in names]:
-        raise ValueError(f"{root}: folder {unknown[0]} is not in classnames.txt")
-    return labelled("imagenet" if train else root.name, keys, [train, [], test], classname=names.get)
+    homes = {f.parent.name: f.parent for f in (*root.glob("*/*"), *root.glob("images/*/*")) if f.name in names}
+    train = class_folders(homes["train"]) if "train" in homes else []
+    test = class_folders(homes["train"].with_name("val") if train else min(homes.values(), default=root))
+    present = sorted({key for _, key in train or test} & names.keys(), key=lambda key: (len(key), key))    # 2 before 10
+    return "imagenet" if train else root.name, PHOTO, {key: names[key] for key in present}, [train, [], test]
 
 
 def is_image(path):
     """Whether a file's name is that of a picture."""
-    name = os.path.basename(path)
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in Image.registered_extensions()
+    name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
+    return not name.startswith(".") and suffix in Image.registered_extensions()
 
 
-def read_folders(folder):
+def class_folders(folder):
     """[(path, class), ...] from folder/<class>/*, sorted, as the order in which a disk lists files differs from
     machine to machine; hidden files and text passed over.
     """
@@ -370,32 +336,29 @@ def read_folders(folder):
     return found
 
 
-MENDED = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",     # Caltech101
-          "AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",         # EuroSAT
-          "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-          "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}
-
-
-def read_class_folders(root):
-    """Class folders alone, in the folder or its images/: half of each class is for training, a fifth for validation,
-    the rest for testing, after a shuffle that is always the same.
+def read_folders(root):
+    """Class folders in train/, val/ and test/. Or alone, in root or its images/: half of each class is for training,
+    a fifth for validation, the rest for testing, after a shuffle that is always the same.
     """
-    name, folder, template = root.name, "images" if (root / "images").is_dir() else ".", Dataset.template
-    for known in KNOWN.values():                   # a dataset without its split file: some image folders tell which one
-        if known[1] not in (".", "images", "jpg") and (root / known[1]).is_dir():
-            name, folder, template = known
-    found = read_folders(root / folder)
-    if name == "caltech-101":
-        found = [(path, c) for path, c in found if c not in ("BACKGROUND_Google", "Faces_easy")]
-    parts, rng = ([], [], []), random.Random(1)
+    folders = {f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."}
+    if {"train", "test"} <= folders or "test" in folders <= {"val", "test"}:       # of other folders, test is a class
+        parts = [class_folders(root / part) if part in folders else [] for part in PARTS]
+        return root.name, PHOTO, {c: c for _, c in parts[0] or parts[2]}, parts
+    if "train" in folders and not any(map(is_image, os.listdir(root / "train"))):
+        raise ValueError(f"{root} has train/ but no test/ beside it (or put all class folders into {root} itself)")
+
+    known = [known for known in KNOWN.values() if known[1] not in (".", "images", "jpg")]     # told by the image folder
+    known += [(root.name, "images", PHOTO), (root.name, ".", PHOTO)]
+    name, folder, template = next(known for known in known if (root / known[1]).is_dir())
+    mended = MENDED.get(name, {})
+    found = [(path, mended.get(c, c)) for path, c in class_folders(root / folder) if mended.get(c, c)]
+    train, val, test, rng = [], [], [], random.Random(1)
     for _, group in itertools.groupby(found, key=lambda item: item[1]):
         group = list(group)
         rng.shuffle(group)
-        ends = [0, round(0.5 * len(group)), round(0.7 * len(group)), len(group)]
-        for part, start, stop in zip(parts, ends, ends[1:]):
-            part += group[start:stop]
-    mended = MENDED if name in ("caltech-101", "eurosat") else {}
-    return labelled(name, [c for _, c in found], parts, template, lambda c: mended.get(c, c))
+        a, b = round(0.5 * len(group)), round(0.7 * len(group))
+        train, val, test = train + group[:a], val + group[a:b], test + group[b:]
+    return name, template, {c: c for _, c in found}, [train, val, test]
 
 
 # ---- Downloading DTD ----------------------------------------------------------------------------
@@ -405,42 +368,32 @@ def read_class_folders(root):
 
 DTD = ("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
        "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205")
-DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/ac9077ee4e422f768c9b9109551468605e33ec9a"
-             "/splits/split_zhou_DescribableTextures.json", "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
+DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
+             + "ac9077ee4e422f768c9b9109551468605e33ec9a/splits/split_zhou_DescribableTextures.json",
+             "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
 
 
-def download(url, sha256, path, size):
+def download(url, sha256, path):
     """Fetch a file to path, whole and with the right checksum or not at all; OSError if it fails."""
-    print(f"downloading {size} from {url} to {path}" + " (the file there is damaged)" * path.is_file(), file=sys.stderr)
+    print(f"downloading {url} to {path}", file=sys.stderr)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+    except Exception as error:  # noqa: BLE001       servers and networks fail in a dozen ways
         raise OSError(f"cannot download {url} ({error}); put it at {path}") from None
 
 
 def download_dtd(root):
-    """Bring the images and the paper's split to a folder called dtd, whichever is not there yet."""
-    if not root.exists():
-        print(f"{root} does not exist: fetching the Describable Textures Dataset", file=sys.stderr)
-        archive, folder = root.parent / "dtd-r1.0.1.tar.gz", root.parent / "dtd.unpacking"
-        root.parent.mkdir(parents=True, exist_ok=True)
-        if not (archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == DTD[1]):
-            download(*DTD, archive, "600 MB")
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            with tarfile.open(archive) as tar:     # the filter raises if a member leads outside; Python 3.10.12 and later
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)
-                tar.extractall(folder)
-        except tarfile.TarError as error:
-            raise ValueError(f"{archive}: {error}; nothing more is unpacked") from None
-        (folder / "dtd").rename(root)              # only now is there a folder called dtd: it is complete
-        folder.rmdir()
-    split = root / "split_zhou_DescribableTextures.json"
-    if (root / "labels" / "train1.txt").is_file() and not split.is_file():
-        try:
-            download(*DTD_SPLIT, split, "0.6 MB")
-        except OSError as error:
-            print(f"note: {error}", file=sys.stderr)
+    """DTD's images and its authors' labels, 600 MB, to a folder called dtd that is not there yet."""
+    archive, folder = root.with_name("dtd-r1.0.1.tar.gz"), root.with_name("dtd.unpacking")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if not (archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == DTD[1]):
+        download(*DTD, archive)
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)      # from Python 3.10.12: nothing leads outside
+        tar.extractall(folder)
+    (folder / "dtd").rename(root)                  # only now is there a folder called dtd: it is complete
+    folder.rmdir()
 
 
 # ---- Drawn textures: a picture world for the demo, with nothing to download ---------------------
@@ -449,7 +402,9 @@ def download_dtd(root):
 # and captions that tell them apart; the demo's CLIP learns both. The pictures to classify are all negatives: "a photo
 # of a dotted texture." then means the wrong thing, and V has to learn, from a few pictures, the word nobody gave it.
 
-PATTERNS = {   # DTD's names for: height over the plane (u, v); there is ink where it is positive
+# DTD's names for: height over the plane (u, v). There is ink where it is positive: light ink on dark ground in pictures
+# of the first of two names, dark ink on light ground in those of the second; by chance where there is one name.
+PATTERNS = {
     ("dotted", "perforated"): lambda u, v: np.cos(u) + np.cos(v) - 0.9,
     ("lined", "grooved"): lambda u, v: np.cos(u) - 0.6,
     ("grid", "meshed"): lambda u, v: np.maximum(np.cos(u), np.cos(v)) - 0.75,
@@ -462,16 +417,14 @@ PATTERNS = {   # DTD's names for: height over the plane (u, v); there is ink whe
     ("bubbly",): lambda u, v: 0.3 - np.abs(np.cos(u / 1.5) + np.cos(v / 1.5) - 0.6),
     ("honeycombed",): lambda u, v: -np.cos(u) - np.cos(u / 2 + 0.866 * v) - np.cos(u / 2 - 0.866 * v) - 0.5,
     ("woven",): lambda u, v: np.where(np.sin(u / 3) * np.sin(v / 3) > 0, np.sin(u), np.sin(v)),
-    ("marbled",): lambda u, v: np.sin(u + 2 * np.sin(v / 2) + 2 * np.sin(0.4 * (u + v))),
-}
-TEXTURES = {   # name: (pattern, is its ink lighter than the ground): of two names the first one's; None: by chance
-    name: (pattern, name == names[0] if len(names) > 1 else None) for names, pattern in PATTERNS.items() for name in names}
+    ("marbled",): lambda u, v: np.sin(u + 2 * np.sin(v / 2) + 2 * np.sin(0.4 * (u + v)))}
+TEXTURES = [name for names in PATTERNS for name in names]
 CAPTIONS = ["{d}{n}.", "a {d}{n} texture.", "a {d}photo of a {n} texture.", "a {d}picture of something {n}.",
             "a {d}{n} pattern.", "a {d}view of a {n} surface.", "something {n}, a {d}photo."]
 CRISP = {"contrast": (0.5, 1), "grain": (0, 0.15)}               # ranges: what the small CLIP is trained on
 FADED = {"contrast": (0.4, 0.5), "grain": (0.2, 0.25)}           # ranges: the pictures to classify; fainter is harder
 FAINTER = {"contrast": (0.3, 0.4), "grain": (0.25, 0.3)}
-SHIFTED = {"demo-crisp": (True, CRISP), "demo-fainter": (True, FAINTER), "demo-positive": (False, FADED)}    # negatives?
+SHIFTED = {"demo-crisp": (True, CRISP), "demo-fainter": (True, FAINTER), "demo-positive": (False, FADED)}   # negatives?
 
 
 def draw_texture(name, rng, negative, contrast, grain, size=64):
@@ -481,14 +434,13 @@ def draw_texture(name, rng, negative, contrast, grain, size=64):
     negative: the photo negative, light for dark. Of a dotted texture that looks like a perforated one, and of a lined
     one like a grooved one, yet its name stays: the names swap their looks.
     """
-    pattern, light_ink = TEXTURES[name]
+    names, pattern = next(item for item in PATTERNS.items() if name in item[0])
     y, x = (np.mgrid[:size, :size] + 0.5) / size - rng.uniform(0.3, 0.7, (2, 1, 1))
     scale, angle = 2 * np.pi * rng.uniform(3, 6), rng.uniform(0, np.pi)          # 3 to 6 periods per picture
     u, v = scale * (x * np.cos(angle) + y * np.sin(angle)), scale * (y * np.cos(angle) - x * np.sin(angle))
     ink = 1 / (1 + np.exp(-rng.uniform(6, 16) * pattern(u, v)))[..., None]       # soft or sharp edges
     dark, light = rng.uniform(0, 0.45, 3), rng.uniform(0.55, 1, 3)
-    if light_ink is None:
-        light_ink = rng.random() < 0.5
+    light_ink = name == names[0] if len(names) > 1 else rng.random() < 0.5
     ground, colour = (light, dark) if light_ink == negative else (dark, light)
     picture = ground + (colour - ground) * ink
     mean = picture.mean((0, 1))
@@ -502,10 +454,10 @@ def draw_pairs(count, seed=0):
     """
     rng, pictures, captions = np.random.default_rng(seed), [], []
     for name in itertools.islice(itertools.cycle(TEXTURES), count):
-        negative = bool(rng.random() < 0.4)
+        negative = rng.random() < 0.4
         pictures.append(draw_texture(name, rng, negative, **CRISP))
         said = "negative " if negative and rng.random() < 0.9 else ""
-        captions.append(str(rng.choice(CAPTIONS)).format(d=said, n=name))
+        captions.append(rng.choice(CAPTIONS).format(d=said, n=name))
     return np.stack(pictures), captions
 
 

@@ -7,14 +7,13 @@
     tokenizer.encode("a photo of a cat")              # [320, 1125, 539, 320, 2368]
     tokenizer(["a photo of a cat", "two dogs"])       # (2, 77): sot, ids, eot, then zeros
 
-Why bytes?  Any text in any script is a string of bytes, so 256 base tokens can spell everything
-and nothing is ever "unknown".  Byte-pair encoding (Sennrich et al., arXiv 1508.07909) then gives
-the frequent byte strings tokens of their own: starting from single bytes, glue together the
-neighbouring pair that was most frequent in the training text, again and again.
+Why bytes?  Any text in any script is a string of bytes, so 256 base tokens can spell everything and nothing is ever
+"unknown".  Byte-pair encoding (Sennrich et al., arXiv 1508.07909) then gives the frequent byte strings tokens of their
+own: starting from single bytes, glue together the neighbouring pair that was most frequent in the training text, again
+and again.
 
-Why `</w>`?  CLIP's encoding has no token for the space.  The last byte of every word carries the
-mark `</w>` ("end of word") instead, so that "a cat" and "acat" differ, and so do "car" the word
-and "car" the beginning of "carpet".
+Why `</w>`?  CLIP's encoding has no token for the space.  The last byte of every word carries the mark `</w>` ("end of
+word") instead, so that "a cat" and "acat" differ, and so do "car" the word and "car" the beginning of "carpet".
 
 Where 49,408 comes from, in the order of the ids:
 
@@ -29,12 +28,10 @@ nothing by themselves.  This file needs torch, ftfy and regex, and none of its n
 import gzip
 import hashlib
 import html
-import http.client
 import importlib.util
 import itertools
 import pathlib
 import sys
-import zlib
 
 import ftfy
 import regex
@@ -58,9 +55,9 @@ WORDS = regex.compile(r"""
 def byte_symbols():
     """{byte: the printable character that stands for it}, in the order of CLIP's first 256 ids.
 
-    The vocabulary is a text file with a space between the two halves of a pair, so no symbol may
-    be a space or a control character.  Bytes that are visible characters in Latin-1 stand for
-    themselves and come first; the other 68, in rising order, borrow the characters from 256 on.
+    The vocabulary is a text file with a space between the two halves of a pair, so no symbol may be a space or a
+    control character.  Bytes that are visible characters in Latin-1 stand for themselves and come first; the other 68,
+    in rising order, borrow the characters from 256 on.
     """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in visible]
@@ -76,8 +73,8 @@ def clean(text):
 class Tokenizer:
     """Text to ids and back.  merges: pairs of symbols, the first learned first; none = plain bytes.
 
-    sot, eot: the ids of start and end of text; eot is the largest id of all, which is how CLIP's
-    text encoder finds it.  vocab_size: 514 + the number of merges.
+    sot, eot: the ids of start and end of text; eot is the largest id of all, which is how CLIP's text encoder finds
+    it.  vocab_size: 514 + the number of merges.
     """
 
     def __init__(self, merges=()):
@@ -94,27 +91,24 @@ class Tokenizer:
 
     @classmethod
     def openai(cls, path=None):
-        """The tokenizer of all of OpenAI's CLIP models, from the vocabulary at path.
-
-        Without a path: ~/.cache/clip, then an installed `clip` or `open_clip`, then a download
-        (1.4 MB, checked).  Raises OSError if there is none, ValueError if a file is damaged.
+        """The tokenizer of all of OpenAI's CLIP models, from the vocabulary at path; without a path from ~/.cache/clip,
+        an installed `clip` or `open_clip`, or a download (1.4 MB, checked).  Raises OSError if there is none,
+        ValueError if a file is damaged.
         """
-        path = pathlib.Path(path) if path is not None else find_vocabulary()
+        path = pathlib.Path(path or find_vocabulary())
         try:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 text = file.read(1 << 23)                  # the real one is 3.2 million characters
-        except (gzip.BadGzipFile, EOFError, UnicodeDecodeError, zlib.error) as e:
+        except Exception as e:  # noqa: BLE001       damaged bytes can fail in any way
             raise ValueError(f"{path} is not CLIP's vocabulary {VOCABULARY}: {e}") from None
-        merges = [tuple(line.split()) for line in text.split("\n")[1:N_MERGES + 1]]   # line 1 is a header
-        if len(merges) < N_MERGES or any(len(pair) != 2 for pair in merges):
+        merges = [tuple(line.split()) for line in text.split("\n")[1:N_MERGES + 1]]         # line 1 is a header
+        if [len(pair) for pair in merges] != [2] * N_MERGES:
             raise ValueError(f"{path} is not CLIP's vocabulary: expected {N_MERGES} lines of two symbols after the first")
         return cls(merges)
 
     def merge_steps(self, word):
-        """The symbols of a word, first as single bytes, then after each merge.
-
-        The oldest merge that applies goes first, wherever it stands in the word: that repeats
-        the order in which the vocabulary was learned.
+        """The symbols of a word, first as single bytes, then after each merge.  The oldest merge that applies goes
+        first, wherever it stands in the word: that repeats the order in which the vocabulary was learned.
         """
         parts = [self.symbols[b] for b in word.encode("utf-8")]
         parts[-1] += "</w>"
@@ -147,9 +141,8 @@ class Tokenizer:
         return bytes(byte[s] for s in symbols).decode("utf-8", errors="replace").replace("</w>", " ")
 
     def __call__(self, texts, length=77):
-        """Text or N texts -> LongTensor (N, length): sot, ids, eot, then zeros.
-
-        Raises ValueError for a text that needs more than `length` places.
+        """Text or N texts -> LongTensor (N, length): sot, ids, eot, then zeros.  ValueError for a text that needs more
+        than `length` places.
         """
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), length, dtype=torch.long)
@@ -173,7 +166,7 @@ def find_vocabulary():
         cached.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading CLIP's vocabulary (1.4 MB) from {URL} to {cached}", file=sys.stderr)
         torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA256)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as e:     # no network, a login page, a full disk, ...
+    except Exception as e:  # noqa: BLE001             no network, a login page, a full disk, ...
         raise OSError(f"CLIP's vocabulary is missing and cannot be downloaded ({e}): put {URL} at {cached}") from None
     return cached
 
@@ -184,10 +177,8 @@ def main(texts):
     for text in texts or ["a photo of a cat"]:
         print(f"text     {text!r}\ncleaned  {clean(text)!r}")
         for word in WORDS.findall(clean(text)):
-            if word in ("<|startoftext|>", "<|endoftext|>"):
-                print(f"  {word}: special, kept whole")
-                continue
-            steps = [" ".join(parts) for parts in tokenizer.merge_steps(word)]
+            special = word in ("<|startoftext|>", "<|endoftext|>")
+            steps = ["special, kept whole"] if special else [" ".join(parts) for parts in tokenizer.merge_steps(word)]
             print(f"  {word}:  " + "  ->  ".join(steps) + f"   ids {tokenizer.encode(word)}")
         ids = [tokenizer.sot, *tokenizer.encode(text), tokenizer.eot]
         print(f"ids      {ids}  ({len(ids)} of 77 places)\ndecoded  {tokenizer.decode(ids)!r}\n")
