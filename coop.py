@@ -82,8 +82,8 @@ class PromptLearner(nn.Module):
             prompts.append([tokenizer.sot, *places[:before], *ids[:cut], *places[before:], *ids[cut:], tokenizer.eot])
         longest, name = max((len(prompt), name) for prompt, name in zip(prompts, classnames))
         if (excess := longest - clip.context_length) > 0:
-            raise ValueError(f"class name {name!r} is too long or M = {M} too large: a prompt of {longest} tokens, the model "
-                             f"reads {clip.context_length}; M can be {max(0, M - excess)} at most")
+            raise ValueError(f"class name {name!r} is too long or M = {M} too large: a prompt of {longest} tokens, the "
+                             f"model reads {clip.context_length}; M can be {max(0, M - excess)} at most")
         # What all prompts begin with, P tokens, is not computed K times: 1 + M at the end, 1 + M // 2 in the middle; at
         # the front, and where each class has vectors of its own, sot alone. The less they share, the longer a step.
         P = 1 if csc else 1 + before
@@ -291,8 +291,8 @@ def linear_probe(train, val):
     """
     # CLIP's features have much in common; with their mean taken off, which only moves the biases, L-BFGS gets all the
     # way to the optimum: logits to 2e-3 for all of the seven C (test_linear_probe_is_at_its_optimum).
-    mean = train[0].double().mean(0)
-    (f, labels), (val_f, val_labels) = ((F.pad(f.double() - mean, (0, 1), value=1.0), labels) for f, labels in (train, val))
+    mean, (_, labels), (_, val_labels) = train[0].double().mean(0), train, val
+    f, val_f = (F.pad(features.double() - mean, (0, 1), value=1.0) for features, _ in (train, val))
 
     @functools.cache
     def fit(C):
@@ -365,14 +365,17 @@ def load_prompt(path):
         if "state_dict" in prompt:
             prompt = {"V": tensors["state_dict.ctx"], "classnames": None, "settings": {}}
         V, names, settings = prompt["V"], prompt["classnames"], prompt["settings"]
-        sound = (V.dim() in (2, 3) and V.numel() and V.isfinite().all() and json.dumps(settings)
+        sound = (V.dim() in (2, 3) and V.numel() and V.isfinite().all()
+                 and all(isinstance(key, str) for key in settings)
+                 and all(isinstance(value, (str, int, float, type(None))) for value in settings.values())
                  and settings.get("position", "end") in POSITIONS and isinstance(settings.get("shots", 0), int))
         if names is not None:                            # ours
             g, scale = prompt["text_features"], prompt["logit_scale"]
-            sound = (sound and names == [str(name) for name in names] and g.dim() == 2 and len(g) == len(names)
-                     and V.shape[:-2] in ((), g.shape[:1]) and g.isfinite().all() and scale.dim() == 0
-                     and scale.isfinite() and isinstance(prompt["resolution"], int) and isinstance(prompt["path"], str))
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+            sound = (sound and isinstance(names, list) and all(isinstance(name, str) for name in names)
+                     and g.dim() == 2 and len(g) == len(names) and V.shape[:-2] in ((), g.shape[:1])
+                     and g.isfinite().all() and scale.dim() == 0 and scale.isfinite()
+                     and isinstance(prompt["resolution"], int) and isinstance(prompt["path"], str))
+    except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
     if not sound:
         raise ValueError(f"{path} holds no learned prompt (expected a file of this program or of the official code)")
@@ -431,7 +434,7 @@ def cells(results):
     for r in results:
         rows.setdefault(row_name(r), {}).setdefault(r["shots"], []).append(r["accuracy"])
     n_test, *numbers = PAPER.get(first["dataset"], (None,))
-    if n_test == first["n_test"] and clip_model.MODELS["RN50"][1].startswith(first["weights"]):
+    if n_test == first["n_test"] and clip_model.MODELS["RN50"].startswith(first["weights"]):
         shown = {r["shots"] for r in results}
         rows["the paper's zero-shot, M=16 end"] = {c: [a] for c, a in zip((0, 1, 2, 4, 8, 16), numbers) if c in shown}
     return rows
@@ -469,6 +472,12 @@ def plot(results, file):
 
 
 # ---- Experiments --------------------------------------------------------------------------------
+#
+# Whatever is measured goes the same way. A method writes down its settings, all that could change the result, as a line
+# of results.jsonl without its measured part. If the file has a line with these settings, that is the result; if not,
+# the method measures, and the line is completed and appended. So a sweep that was stopped goes on where it stopped, and
+# a table is read off the file. CoOp has two steps, each of which may be done already: learn(), which leaves a prompt
+# file, and transfer(), which tests a prompt, learned a moment ago or loaded from anywhere.
 
 def epochs(shots, dataset):
     """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
@@ -544,6 +553,7 @@ class Experiment:
 
     def part(self, items, classes):
         """The items of these classes, labels counted from 0, as the other classes are no possible answers then."""
+        # To sort 8 pictures into 8 classes is easier than into 16: halves only compare with halves, the official way.
         new = {label: i for i, label in enumerate(data.subset(len(self.dataset.classnames), classes))}
         return [(path, new[label]) for path, label in items if label in new]
 

@@ -398,13 +398,18 @@ def test_unusable_weight_files(tmp_path, archive):
 
 
 def test_a_tensor_cannot_reach_beyond_its_data(tmp_path):
-    torch.save({"a": torch.zeros(4)}, tmp_path / "a.pt")
-    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
-        reader, storage = clip_model.Reader(archive), ("storage", torch.float32, "0", "cpu", 4)
-        assert torch.equal(reader.tensor(storage, 1, (3,), (1,)), torch.zeros(3))
-        for size, stride, offset in (((3,), (1,), 2), ((10**9,), (0,), 0), ((2, 2), (3, 1), 0)):
-            with pytest.raises((pickle.UnpicklingError, RuntimeError)):
-                reader.tensor(storage, offset, size, stride)
+    """Of four numbers in a handmade file: three from the second on are read, what reaches further is refused."""
+    def read(offset, size, stride):
+        pairs = b"".join(b"(" + b"".join(b"I%d\n" % n for n in numbers) + b"t" for numbers in (size, stride))
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"I%d\n" % offset + pairs + b"\x89NtR"
+        weight_file(tmp_path / "a.pt", b"\x80\x02}" + text("V") + tensor + b"s.", struct.pack("<4f", 0, 1, 2, 3))
+        return clip_model.read_archive(tmp_path / "a.pt")[1]["V"]
+
+    assert torch.equal(read(1, (3,), (1,)), torch.tensor([1.0, 2, 3]))
+    for offset, size, stride in ((2, (3,), (1,)), (0, (10**9,), (0,)), (0, (2, 2), (3, 1)), (-1, (1,), (1,)), (0, (2,), (-1,)),
+                                 (0, (2**62, 4), (0, 0)), (0, (2**61,), (0,)), (0, (2**64,), (0,))):
+        with pytest.raises(ValueError, match="cannot be read as weights"):
+            read(offset, size, stride)
 
 
 @pytest.mark.skipif(not (pathlib.Path.home() / ".cache/clip/ViT-B-32.pt").is_file(),
@@ -1057,7 +1062,7 @@ def reader(tmp_path, monkeypatch):
     for file, vocab_size in ((home / ".cache/clip/RN50.pt", 49408), (home / ".cache/clip/ViT-B-32.pt", 49408), (world / "clip.pt", 514)):
         torch.save(CLIP(32, clip_model.VisionTransformer(224 if vocab_size > 514 else 64, 32, 64, 1, 32), 64, 1, vocab_size=vocab_size).state_dict(), file)
     for name, file in (("RN50", "RN50.pt"), ("ViT-B/32", "ViT-B-32.pt")):
-        monkeypatch.setitem(clip_model.MODELS, name, (file, clip_model.sha256(home / ".cache/clip" / file)))
+        monkeypatch.setitem(clip_model.MODELS, name, clip_model.sha256(home / ".cache/clip" / file))
     data.draw_dataset(world / "demo", [("train", 2), ("val", 2), ("test", 1)])
     data.draw_dataset(world / "demo-fainter", [("test", 1)])
     write_split(here / "dtd", "split_zhou_DescribableTextures.json", "images", ["banded", "grid"])
@@ -1708,7 +1713,7 @@ def test_hostile_weight_files(archive, tmp_path):
         "reduce": b"\x80\x02cbuiltins\neval\n" + line + b"\x85R.", "python 2": b"\x80\x02c__builtin__\neval\n" + line + b"\x85R.",
         "stack global": b"\x80\x04" + text("builtins") + text("exec") + b"\x93" + line + b"\x85R.", "inst": b"(" + line + b"ibuiltins\neval\n.",
         "obj": b"(cbuiltins\neval\n" + line + b"o.", "system": b"\x80\x02cos\nsystem\n" + shell + b"\x85R.",
-        "dotted": b"\x80\x04" + text("clip_model") + text("os.system") + b"\x93" + shell + b"\x85R.",
+        "dotted": b"\x80\x04" + text("shutil") + text("os.system") + b"\x93" + shell + b"\x85R.",
         "build": b"\x80\x02cargparse\nNamespace\n)\x81}" + text("__setstate__") + b"cbuiltins\neval\nsb" + line + b"b.",
         "popped": b"\x80\x02cbuiltins\neval\n" + line + b"\x85R0}" + text("V") + b"K\1s."}
     for content in runs.values():
@@ -1912,7 +1917,7 @@ def test_downloads_are_whole_or_absent(world, archive, server, tmp_path, capsys,
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(clip_model.MODELS, "RN50", ("RN50.pt", hashlib.sha256(weights).hexdigest()))
+    monkeypatch.setitem(clip_model.MODELS, "RN50", hashlib.sha256(weights).hexdigest())
     for address in failures(server, "/vocabulary", vocabulary):
         monkeypatch.setattr(tokenizer, "URL", f"{address}/vocabulary")
         with pytest.raises(OSError, match="cannot be downloaded") as caught:

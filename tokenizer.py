@@ -103,7 +103,7 @@ class Tokenizer:
             raise ValueError(f"{path} is not CLIP's vocabulary {VOCABULARY}: {e}") from None
         merges = [tuple(line.split()) for line in text.split("\n")[1:N_MERGES + 1]]         # line 1 is a header
         if [len(pair) for pair in merges] != [2] * N_MERGES:
-            raise ValueError(f"{path} is not CLIP's vocabulary: expected {N_MERGES} lines of two symbols after the first")
+            raise ValueError(f"{path} is not CLIP's vocabulary: expected a header and {N_MERGES} lines of two symbols")
         return cls(merges)
 
     def merge_steps(self, word):
