@@ -842,8 +842,9 @@ def run(args):
             T = args.epochs or epochs(shots, dataset.name)
             for path, numbers in training_jobs(experiment.draw(shots, seed)[0], T, args.views, seed):
                 wanted.setdefault(path, set()).update(numbers)
-        for job in list(wanted.items())[args.rank::args.world]:
-            image_features(clip, [job], experiment.cache)
+        mine = list(wanted.items())[args.rank::args.world]
+        for i in range(0, len(mine), 1000):              # by and by: what is returned is not needed here
+            image_features(clip, mine[i:i + 1000], experiment.cache)
         meet()
     runs = [(experiment.zero_shot, ())] + [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in variants for draw in draws]
