@@ -297,7 +297,7 @@ def linear_probe(train, val):
     @functools.cache
     def fit(C):
         W = torch.zeros(int(labels.max()) + 1, f.shape[1], dtype=f.dtype, requires_grad=True)   # last column: biases
-        optimizer = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-13,
+        optimizer = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-9 * min(1, C),
                                       line_search_fn="strong_wolfe")
 
         def loss():
