@@ -434,10 +434,11 @@ class Inert(dict):
 
 
 class Reader(pickle._Unpickler):                   # not the one in C: a huge memo index fills its memory
-    """Runs no code from a pickle. That is a small program, which may call any function it can name; here each name
-    gives an Inert, whatever it means elsewhere, but for the types of storages, which give dtypes.
+    """Runs no code from a pickle. That is a small program, which may call any function it can name; here a name
+    gives an Inert, whatever it means elsewhere, the type of a storage its dtype, and any other name an error.
     """
 
+    @functools.cache  # noqa: B019       one class per name: a pickle may name one a million times
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):
             return getattr(torch, name.replace("Storage", "Tensor")).dtype       # torch.HalfTensor.dtype: float16
@@ -461,7 +462,7 @@ def read_archive(path):
         with zipfile.ZipFile(path) as archive:
             root = min((n for n in archive.namelist() if n.split("/")[-1] == "data.pkl"), key=len)[:-len("data.pkl")]
             members = [m for m in archive.infolist() if m.filename.startswith(f"{root}data")]
-            if sum(m.file_size for m in members) > size:
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > size:
                 raise pickle.UnpicklingError("it is compressed, or damaged, and might unpack to any size")
             data = {m.filename[len(root):]: bytearray(archive.read(m)) for m in members}     # checks their sums
         content, tensors, seen = Reader(io.BytesIO(data["data.pkl"])).load(), {}, set()
@@ -472,9 +473,12 @@ def read_archive(path):
                     value = value.args[0]
                 if getattr(value, "kind", "") == "_rebuild_tensor_v2":
                     (_, dtype, key, *_), offset, shape, stride, *_ = value.args
-                    flat = torch.frombuffer(data["data/" + key] or bytearray(8), dtype=dtype)    # it takes no empty one
+                    if len(shape) > 8:
+                        raise pickle.UnpicklingError(f"a tensor of {len(shape)} dimensions")
+                    empty = bytearray(0 if torch.Size(shape).numel() else 8)     # frombuffer takes no empty storage
+                    flat = torch.frombuffer(data["data/" + key] or empty, dtype=dtype)
                     tensors[f"{prefix}{name}"] = flat.as_strided(shape, stride, offset)      # raises beyond the bytes
-                elif isinstance(value, dict) and id(value) not in seen and len(prefix) < 200:
+                elif isinstance(value, dict) and id(value) not in seen and len(prefix) + len(name) < 200:
                     seen.add(id(value))
                     todo.append((f"{prefix}{name}.", value))
         if sum(t.numel() * t.itemsize for t in tensors.values()) > size:

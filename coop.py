@@ -67,8 +67,8 @@ class PromptLearner(nn.Module):
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size}: no pair")
         words = None if init is None else tokenizer.encode(init.replace("_", " "))
         M = M if init is None else len(words)
-        if M < 1:
-            raise ValueError("no context to learn: M must be at least 1, and --init must hold a word")
+        if not 1 <= M < clip.context_length:
+            raise ValueError(f"M = {M}: expected 1 to {clip.context_length - 4} context vectors, or words of --init")
 
         # end:     sot V1 V2 V3 V4 polka - dotted . eot        sot, eot: start and end of text
         # middle:  sot V1 V2 polka - dotted V3 V4 . eot
@@ -318,7 +318,7 @@ def linear_probe(train, val):
 # ---- Results and prompts ------------------------------------------------------------------------
 #
 # A run of CoOp leaves two things: its prompt, a file that is whole or not there, and then a line in results.jsonl. So a
-# run with a line has had a whole prompt, and one that was killed has no line and is run again.
+# run with a line has had a whole prompt, and of one that was killed what is missing is done again.
 #
 #     {"method": "coop", "shots": 16, "seed": 1, "classes": "all", "n_test": 800, "M": 16, "position": "end",
 #      "csc": false, "epochs": 200, "views": 0, "dataset": "demo", ..., "accuracy": 74.5}
@@ -373,7 +373,7 @@ def load_prompt(path):
             g, scale = prompt["text_features"], prompt["logit_scale"]
             sound = (sound and isinstance(names, list) and all(isinstance(name, str) for name in names)
                      and g.dim() == 2 and len(g) == len(names) and V.shape[:-2] in ((), g.shape[:1])
-                     and g.isfinite().all() and scale.dim() == 0 and scale.isfinite()
+                     and g.isfinite().all() and scale.dim() == 0 and scale.isfinite() and g.dtype == torch.float32
                      and isinstance(prompt["resolution"], int) and isinstance(prompt["path"], str))
     except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
@@ -639,7 +639,7 @@ class Experiment:
             right = (f.double() @ W.T + b).argmax(-1) == labels
             return {"accuracy": 100 * right.double().mean().item(), "C": C, "seconds_images": round(encoded - start, 2),
                     "seconds_training": round(time.time() - encoded, 2)}
-        line = self.line("linear-probe", shots, seed, self.args.classes)
+        line = self.line("linear-probe", shots, seed, self.args.classes, solver="L-BFGS, centred")
         return [self.once(line, measure, "C chosen on the validation images")]
 
     def coop(self, M, position, csc, shots, seed):
@@ -690,7 +690,7 @@ class Experiment:
         settings = {**{key: old[key] for key in ("M", "csc", "epochs", "views")}, "position": position,
                     "learned_on": old["dataset"], "learned_classes": old["classes"],
                     "V": f"{zlib.crc32(V.numpy().tobytes()):08x}"}
-        times = [old.get(key, 0) for key in ("seconds_images", "seconds_training")]
+        times = [old.get(key) or 0 for key in ("seconds_images", "seconds_training")]
         note = "{} (images {:.1f} s, training {:.1f} s)".format(prompt["file"], *times)
 
         def result(classes):
@@ -806,14 +806,22 @@ def make_demo(folder):
             data.draw_dataset(folder / name, [("test", 25)], 2, negative, style)
 
 
+def meet(args):
+    """Under torchrun, wait until all processes are here."""
+    try:
+        if args.world > 1:
+            torch.distributed.barrier()
+    except RuntimeError as error:                        # gloo's, whatever happened to the other
+        raise ValueError(f"another process has stopped: {error}") from None
+
+
 def run(args):
     """All that one command line asks for. To learn, that is a grid of runs, zero-shot first, then the probe and CoOp in
     each variant, for each number of shots and each seed, and a table. Under torchrun process r of N takes every N-th
     run, from the r-th on; no single run is split: a step is small, and a grid has enough of them.
     """
-    meet = torch.distributed.barrier if args.world > 1 else lambda: None
     if args.rank:                                        # the first process makes or downloads what is missing
-        meet()
+        meet(args)
     if args.demo:
         folder = args.cache / "demo-world"
         make_demo(folder)
@@ -827,7 +835,7 @@ def run(args):
         raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
     dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
     if not args.rank:
-        meet()
+        meet(args)
     if args.load:
         return use(args, prompt, dataset, clip, tokenizer)
 
@@ -845,16 +853,17 @@ def run(args):
         mine = list(wanted.items())[args.rank::args.world]
         for i in range(0, len(mine), 1000):              # by and by: what is returned is not needed here
             image_features(clip, mine[i:i + 1000], experiment.cache)
-        meet()
+        meet(args)
     runs = [(experiment.zero_shot, ())] + [(experiment.probe, draw) for draw in draws if args.probe]
     runs += [(experiment.coop, (*variant, *draw)) for variant in variants for draw in draws]
     found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
-    meet()
+    meet(args)
     if args.rank:
         return
     if args.world > 1:                                   # the others' runs are in results.jsonl by now
         args.again = False
-        found = [method(*arguments) for method, arguments in runs]
+        with contextlib.redirect_stdout(None):
+            found = [method(*arguments) for method, arguments in runs]
     results = list(itertools.chain(*found))
     print("\n" + table(results))
     if args.plot:

@@ -315,7 +315,8 @@ def read_imagenet(root):
     homes = {f.parent.name: f.parent for f in (*root.glob("*/*"), *root.glob("images/*/*")) if f.name in names}
     train = class_folders(homes["train"]) if "train" in homes else []
     test = class_folders(homes["train"].with_name("val") if train else min(homes.values(), default=root))
-    present = sorted({key for _, key in train or test} & names.keys(), key=lambda key: (len(key), key))    # 2 before 10
+    present = {key for _, key in train or test} & names.keys()
+    present = sorted(present, key=lambda key: (int(key) if key.isdigit() else 0, key))
     return "imagenet" if train else root.name, PHOTO, {key: names[key] for key in present}, [train, [], test]
 
 
