@@ -438,6 +438,9 @@ class Reader(pickle._Unpickler):                   # not the one in C: a huge me
     gives an Inert, whatever it means elsewhere, the type of a storage its dtype, and any other name an error.
     """
 
+    # Of the opcodes this one alone makes room before it has read anything, as much as the file claims.
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}  # noqa: RUF012
+
     @functools.cache  # noqa: B019       one class per name: a pickle may name one a million times
     def find_class(self, module, name):
         if module == "torch" and name.endswith("Storage"):

@@ -1768,7 +1768,7 @@ def test_hostile_weight_files(archive, tmp_path):
         "add": b"\x80\x04}" + text("V") + TENSOR + b"(" + TENSOR + b"\x90s.", "setitem": b"\x80\x02}" + text("V") + TENSOR + b"K\0" + TENSOR + b"ss.",
         "stride 0": b"\x80\x02}" + text("V") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0I1000000000000\n\x85K\0\x85\x89NtRs.",
         "memo": b"\x80\x02}r\xff\xff\xff\x07K\1.", "long memo": b"}p99999999999\n.", "bytes": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 36) + b".",
-        "circle": b"\x80\x02" + MODULE + b"q\0}" + text("a") + b"h\0sb.", "dict circle": b"\x80\x02}q\0" + text("state_dict") + b"h\0s.",
+        "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 1 << 29) + b".", "circle": b"\x80\x02" + MODULE + b"q\0}" + text("a") + b"h\0sb.", "dict circle": b"\x80\x02}q\0" + text("state_dict") + b"h\0s.",
         "lists": b"\x80\x02" + b"]" * 100000 + b"a" * 99999 + b".", "tuples": b"\x80\x02" + b")" + b"\x85" * 100000 + b".",
         "chain": b"\x80\x02K\1" + (b"q\0" + MODULE + b"}" + text("a") + b"h\0sb") * 50000 + b".",
         "doubling": b"\x80\x02K\1" + (b"q\0" + MODULE + b"}(" + text("a") + b"h\0" + text("b") + b"h\0ub") * 60 + b".",
