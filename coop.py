@@ -229,7 +229,7 @@ def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
             with torch.inference_mode():
                 f = clip.encode_image(data.normalise(torch.from_numpy(np.stack(pixels)).to(clip.device))).float().cpu()
             if not f.isfinite().all():
-                raise ValueError(f"features of {paths[0]} or a neighbour are NaN: damaged weights, or this --precision")
+                raise ValueError(f"features of {paths[0]} or a neighbour are NaN or infinite (weights? --precision?)")
             say(done := done + len(batch))
             yield from zip(paths, numbers, f.numpy())
 
@@ -660,8 +660,9 @@ class Experiment:
                              keep=args.keep, template=template)
         file = args.out / file_name(settings)
         with contextlib.suppress(ValueError):            # it may be missing, damaged, or of other images or weights
-            if same(load_prompt(file)["settings"], settings) and not args.again:
-                return load_prompt(file)
+            prompt = load_prompt(file)
+            if same(prompt["settings"], settings) and not args.again:
+                return prompt
 
         self.test(args.classes)                          # a damaged test image should stop us now, not after training
         start, (items, _) = time.time(), self.draw(shots, seed)
@@ -690,8 +691,10 @@ class Experiment:
         settings = {**{key: old[key] for key in ("M", "csc", "epochs", "views")}, "position": position,
                     "learned_on": old["dataset"], "learned_classes": old["classes"],
                     "V": f"{zlib.crc32(V.numpy().tobytes()):08x}"}
-        times = [old.get(key) or 0 for key in ("seconds_images", "seconds_training")]
-        note = "{} (images {:.1f} s, training {:.1f} s)".format(prompt["file"], *times)
+        note = str(prompt["file"])
+        if old.get("seconds_images") is not None and old.get("seconds_training") is not None:
+            times = "learned in {seconds_images:.1f} s for images, {seconds_training:.1f} s of training"
+            note += f" ({times.format(**old)})"
 
         def result(classes):
             names, context = self.names[classes], V
