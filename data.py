@@ -286,7 +286,7 @@ def read_lines(file):
 def read_dtd(root):
     """DTD as its authors ship it, with the paper's split, or while that cannot be had with the first of their ten."""
     try:
-        download(*DTD_SPLIT, root / "split_zhou_DescribableTextures.json")
+        download(*DTD_SPLIT, root / "split_zhou_DescribableTextures.json", "0.6 MB")
         return read_split(root)
     except OSError as error:
         print(f"note: {error}. DTD's own split 1 is used: accuracy does not compare with the paper's", file=sys.stderr)
@@ -374,9 +374,9 @@ DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation
              "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
 
 
-def download(url, sha256, path):
+def download(url, sha256, path, size):
     """Fetch a file to path, whole and with the right checksum or not at all; OSError if it fails."""
-    print(f"downloading {url} to {path}", file=sys.stderr)
+    print(f"downloading {size} from {url} to {path}", file=sys.stderr)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except Exception as error:  # noqa: BLE001       servers and networks fail in a dozen ways
@@ -388,7 +388,8 @@ def download_dtd(root):
     archive, folder = root.with_name("dtd-r1.0.1.tar.gz"), root.with_name("dtd.unpacking")
     root.parent.mkdir(parents=True, exist_ok=True)
     if not (archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == DTD[1]):
-        download(*DTD, archive)
+        print(f"{root} does not exist: fetching the Describable Textures Dataset", file=sys.stderr)
+        download(*DTD, archive, "600 MB")
     shutil.rmtree(folder, ignore_errors=True)
     with tarfile.open(archive) as tar:
         tar.extraction_filter = getattr(tarfile, "data_filter", None)      # from Python 3.10.12: nothing leads outside
