@@ -1,30 +1,34 @@
 """Learn the words of a CLIP prompt from a few images per class: CoOp, arXiv 2109.01134.
 
-    python coop.py --demo                                # nothing to download: two minutes on a laptop
-    python coop.py --data ./dtd --shots 4                # your folder of images, CPU or CUDA
+    python coop.py --demo                                # nothing to download, under two minutes
+    python coop.py --data ./dtd --shots 4                # a folder of images, CPU or CUDA
     python coop.py --data ./dtd --shots 1 2 4 8 16 --seeds 1 2 3
 
-CLIP sorts a picture into K classes by comparing its features f with the features of K sentences, "a photo of a cat."
-and so on. Which words stand around the class name matters by several points and nobody knows why. CoOp lets gradient
-descent choose them: M vectors V take the place of the words, and the few labelled images say which V are good.
-Everything else in CLIP stays frozen.
+CLIP classifies an image by comparing its features f with the features g of K sentences, "a photo
+of a cat." and so on.  Which words stand around the class name matters by several points, and
+nobody knows why.  CoOp lets gradient descent choose them: M context vectors V take the place of
+the words, and the few labeled images say which V are good.  Everything else in CLIP is frozen.
 
-Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with one context per class (csc); t_i the prompt of
-class i; g its text features; f image features; tau = 1 / exp(logit_scale) the temperature; d token width; e embedding
-width; T epochs, n the epoch; N training images.
+Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with a context for each class
+(csc); t_i the prompt of class i; g text features; f image features; tau = 1 / exp(logit_scale)
+the temperature; d token width; e embedding width; T epochs; N images; P tokens that all prompts
+share.
 
-Know before: what CLIP's two encoders do (clip_model.py, first two screens), and SGD in PyTorch. To take away: a prompt
-is a short list of vectors like any other parameter; what it learns is the same for all images, so at test time g is
-computed once and a prediction costs one image encoding.
+Know before: what CLIP's encoders do (clip_model.py, first two screens), and SGD in PyTorch.  To
+take away: a prompt is a short list of vectors like any other parameter.  It is the same for all
+images, so at test time g is computed once, and a prediction costs one image encoding.
 
-Read in this order: PromptLearner, train, evaluate: that is the method. Then, if you want to know how a folder becomes
-a table: image_features, Experiment.coop, run and main.
+Nine chapters: the method; image features; the linear probe; other losses; one run; many runs; a
+learned prompt; the demo; the command line.  The first one is the paper, the rest brings images in
+and results out.
 """
 import argparse
-import collections
-import contextlib
+import ast
+import dataclasses
 import datetime
 import functools
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -33,9 +37,9 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
-import zlib
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,373 +49,1050 @@ from torch import nn
 
 import clip_model
 import data
-from data import TEST, write
+import tokenizer as tokenizer_module
+from data import TEST
 from tokenizer import Tokenizer
+
+BATCH_SIZE = 32
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+POSITIONS = ("end", "middle", "front")
+SPLITS = ("all", "base", "new")
+LOSSES = ("ce", "gce", "kgcoop")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- 1. The method -------------------------------------------------------------------------------
 
 
 class PromptLearner(nn.Module):
-    """The K prompts t_i = [V]_1 ... [V]_M [class i] . as token embeddings, V being the parameter.
+    """The K prompts t_i = [V]_1 ... [V]_M [class i] . as token embeddings (equation 2).
 
-    Paper equations 2 (position "end"), 3 ("middle": half of V before the name, half after) and class-specific contexts
-    (csc); "front" is the official code's third. init: words whose token embeddings V starts from (M is then their
-    number of tokens); None draws N(0, 0.02^2) from torch's global generator. ValueError if a prompt is too long.
+    V is the only parameter.  A word enters CLIP as a row of the token embedding, d numbers, and
+    nothing behind that table asks where they come from.  A word can only be chosen, a vector can
+    be learned.
 
-    Why this can work: a word enters CLIP as a row of the token embedding, d numbers; nothing behind that table asks
-    whether the numbers came out of it. A word can only be chosen, a vector can be learned.
+    position: where the class name stands: "end", "middle" (equation 3: half of V before the name,
+              half after it) or "front".
+    csc:      class-specific contexts, V (K, M, d), instead of one for all, V (M, d).
+    init:     words to start V from; M is then their number of tokens.  None: N(0, 0.02^2).
+
+    Raises ValueError if a prompt is longer than the model reads.
     """
 
     def __init__(self, clip, tokenizer, classnames, M=16, position="end", csc=False, init=None):
         super().__init__()
-        K, embedding = len(classnames), clip.token_embedding.weight.detach()     # (vocabulary, d)
+        embedding = clip.token_embedding.weight.detach()             # (vocabulary, d)
+        K = len(classnames)
+        d = embedding.shape[1]
         if tokenizer.vocab_size != clip.vocab_size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, this CLIP {clip.vocab_size}: no pair")
-        words = None if init is None else tokenizer.encode(init.replace("_", " "))
-        M = M if init is None else len(words)
-        if not 1 <= M < clip.context_length:
-            raise ValueError(f"M = {M}: expected 1 to {clip.context_length - 4} context vectors, or words of --init")
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids and this CLIP "
+                             f"{clip.vocab_size}: they do not belong together")
+        if init is not None:
+            words = tokenizer.encode(init.replace("_", " "))
+            M = len(words)
+        if M < 1:
+            raise ValueError(f"M = {M}: at least one context vector or word is needed")
 
-        # end:     sot V1 V2 V3 V4 polka - dotted . eot        sot, eot: start and end of text
-        # middle:  sot V1 V2 polka - dotted V3 V4 . eot
-        # front:   sot polka - dotted V1 V2 V3 V4 . eot
-        # Written as numbers: a token id, or vocab_size + m for the place of vector V_m.
-        prompts, before = [], {"end": M, "middle": M // 2, "front": 0}[position]         # vectors before the name
-        for i, name in enumerate(name.replace("_", " ") for name in classnames):
-            # The name is encoded with its full stop, as in the sentence: at its border the two might merge.
-            ids, cut = tokenizer.encode(name + "."), len(tokenizer.encode(name))
-            places = [clip.vocab_size + (i * M if csc else 0) + m for m in range(M)]
-            prompts.append([tokenizer.sot, *places[:before], *ids[:cut], *places[before:], *ids[cut:], tokenizer.eot])
-        longest, name = max((len(prompt), name) for prompt, name in zip(prompts, classnames))
-        if (excess := longest - clip.context_length) > 0:
-            raise ValueError(f"class name {name!r} is too long or M = {M} too large: a prompt of {longest} tokens, the "
-                             f"model reads {clip.context_length}; M can be {max(0, M - excess)} at most")
-        # What all prompts begin with, P tokens, is not computed K times: 1 + M at the end, 1 + M // 2 in the middle; at
-        # the front, and where each class has vectors of its own, sot alone. The less they share, the longer a step.
+        # Each prompt as token ids.  The vectors of V are new words: their ids follow those of the
+        # vocabulary.  sot and eot are the start and the end of a text.
+        #   end:     sot V1 V2 V3 V4 polka - dotted . eot
+        #   middle:  sot V1 V2 polka - dotted V3 V4 . eot
+        #   front:   sot polka - dotted V1 V2 V3 V4 . eot
+        before = {"end": M, "middle": M // 2, "front": 0}[position]  # vectors before the name
+        prompts = []
+        for i, name in enumerate(classnames):
+            name = name.replace("_", " ")
+            n = len(tokenizer.encode(name))
+            ids = tokenizer.encode(name + ".")       # together: "U.S." and the period are one token
+            first = clip.vocab_size + (i * M if csc else 0)
+            new = list(range(first, first + M))
+            prompt = [tokenizer.sot] + new[:before] + ids[:n] + new[before:] + ids[n:]
+            prompts.append(prompt + [tokenizer.eot])
+            excess = len(prompts[-1]) - clip.context_length
+            if excess > 0:
+                raise ValueError(f"class name {name!r} is too long or M = {M} too large: a prompt "
+                                 f"of {len(prompts[-1])} tokens, the model reads "
+                                 f"{clip.context_length}; M can be {max(0, M - excess)} at most")
+
+        # All prompts begin with the same P tokens; those are encoded once.  The rests of the
+        # prompts stand end to end.
         P = 1 if csc else 1 + before
-        self.lengths = torch.tensor([len(prompt) - P for prompt in prompts])
+        rests = [prompt[P:] for prompt in prompts]
+        packed = prompts[0][:P] + list(itertools.chain.from_iterable(rests))
+        self.P = P
+        self.lengths = torch.tensor([len(rest) for rest in rests])
+        self.vocab_size = clip.vocab_size
+        self.register_buffer("ids", torch.tensor(packed, device=embedding.device))
+        self.register_buffer("embedding", embedding, persistent=False)     # CLIP's own, no copy
 
-        # A prompt is now a list of numbers. forward() looks them up in a small bank: one row for each token id that
-        # occurs, then the rows of V; `rows` says of each number which row it is (unique() sorts: ids before places).
-        packed = prompts[0][:P] + [number for prompt in prompts for number in prompt[P:]]
-        used, rows = torch.unique(torch.tensor(packed), return_inverse=True)
-        self.register_buffer("shared_rows", rows[:P].to(embedding.device))
-        self.register_buffer("own_rows", rows[P:].to(embedding.device))
-        self.register_buffer("fixed", embedding[used[used < clip.vocab_size].to(embedding.device)])
-        V = torch.randn((K, M, embedding.shape[1]) if csc else (M, embedding.shape[1])) * 0.02
-        if words is not None:
+        V = 0.02 * torch.randn((K, M, d) if csc else (M, d))
+        if init is not None:
             V = embedding[torch.tensor(words, device=embedding.device)].expand(V.shape).clone()
-        self.V = nn.Parameter(V.to(embedding))           # fp32 as the text encoder: in fp16 small steps would be lost
+        self.V = nn.Parameter(V.to(embedding))       # fp32: in fp16 small steps would be lost
 
     def forward(self):
-        """-> shared (P, d), own (sum of lengths, d), lengths (K,): what CLIP.encode_prompts takes.
+        """-> shared (P, d), own (sum of lengths, d), lengths (K,): for CLIP.encode_prompts.
 
-        DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths (47,) of 3 to 5 (name, full stop,
-        eot); g is then (47, 1024), e being 1024. With csc: shared (1, 512), own (186 + 47 * 16, 512).
+        DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths 3 to 5 (name,
+        period, eot).  With csc: shared (1, 512), own (186 + 47 * 16, 512).
         """
-        bank = torch.cat([self.fixed, self.V.flatten(0, -2)])
-        return bank[self.shared_rows], bank[self.own_rows], self.lengths
+        new = self.ids >= self.vocab_size
+        tokens = self.embedding[self.ids.masked_fill(new, 0)]        # (P + sum of lengths, d)
+        tokens[new] = self.V.flatten(0, -2)[self.ids[new] - self.vocab_size]
+        return tokens[:self.P], tokens[self.P:], self.lengths
 
 
-def batches(N, T, seed, size=32):
-    """T lists of index tensors: every epoch a new shuffle of N images, cut into batches. What is left over is dropped,
-    as a step on a few images would move V as far as one on 32 and in a worse direction, unless it is all there is.
+def learning_rate(epoch, T):
+    """The official schedule: one epoch at 1e-5, then a cosine from 0.002.
+
+    The warm-up, which is no rise but a constant, counts as one of the T epochs, so the cosine
+    stops short of zero, at pi (T - 2) / T.  Odd, and kept.
     """
-    dice = torch.Generator().manual_seed(seed)
-    return [[b for b in torch.randperm(N, generator=dice).split(size) if len(b) == min(N, size)] for _ in range(T)]
+    if epoch == 0:
+        return 1e-5
+    return 0.001 * (1 + math.cos(math.pi * (epoch - 1) / T))
 
 
-def learning_rate(n, T):
-    """The official schedule: one epoch of warm-up at 1e-5, meant to keep the first gradients, taken far from any good
-    V, from throwing it off; then a cosine from 0.002. Odd, and kept: the warm-up is no rise but a constant; momentum
-    carries its gradients on; and it counts as one of the T, so the cosine stops short of zero, at pi (T - 2) / T.
+def batches(N, T, seed, size=BATCH_SIZE):
+    """For each of T epochs the batches of a new shuffle of N images, as index tensors.
+
+    An incomplete last batch is dropped unless it is the only one: a step on a few images would
+    move V as far as one on 32, in a worse direction.
     """
-    return 1e-5 if n == 0 else 0.001 * (1 + math.cos(math.pi * (n - 1) / T))
+    rng = torch.Generator().manual_seed(seed)
+    schedule = []
+    for _ in range(T):
+        shuffled = torch.randperm(N, generator=rng).split(size)
+        schedule.append([batch for batch in shuffled if len(batch) == min(N, size)])
+    return schedule
 
 
-def train(clip, learner, features, labels, T, seed=1, loss=F.cross_entropy, keep=0.0, hand=None,
-          progress=lambda n, loss, accuracy: None):
-    """Learn V by the paper's recipe; the result is V of the last epoch, in learner. If you change the recipe, give the
-    command --again or another --out: what results.jsonl knows is not run again.
+def cross_entropy(logits, labels, g):
+    """The paper's loss: the mean of -log p(label)."""
+    return F.cross_entropy(logits, labels)
 
-    features: (N, crops, e); features[i, n % crops] belongs to the crop that epoch n shows of image i, computed
-    beforehand: the image encoder is frozen, so f does not change while V does. labels: (N,). seed: of the batches;
-    training_features, given the same, computes just the crops that they use. loss, keep, hand: README "Beyond the
-    paper"; hand (K, e): hand-written prompts, of unit length. Raises ValueError when the loss is not a number.
 
-    "The gradient flows through a frozen encoder": backward() goes from the loss through g and every layer of the text
-    encoder down to V, multiplying by the layers' weights on its way. Frozen means that no gradient with respect to
-    those weights is computed and no step changes them. So is the temperature, which CLIP learned in its pretraining.
+def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progress=None):
+    """Learn V by the paper's recipe; the result is V of the last epoch, in learner.
+
+    features: (N, crops, e).  features[i, epoch % crops] belongs to the crop that an epoch shows of
+              image i; the image encoder is frozen, so they are computed beforehand.
+    labels:   (N,), on the same device.
+    seed:     of the order of the images; training_features, given the same, computes just the
+              crops that are used.
+    loss:     a function of logits (B, K), labels (B,) and g (K, e), L2-normalized.
+    progress: called with a note after every epoch.
+
+    Raises ValueError when the loss is NaN or infinite.
+
+    Gradients flow through the frozen text encoder: backward() goes from the loss through g and
+    every layer down to V.  Frozen means that the encoder's weights get no gradient and no step.
     """
-    optimizer = torch.optim.SGD([learner.V], lr=learning_rate(0, T), momentum=0.9, weight_decay=5e-4)
-    for n, epoch in enumerate(batches(len(labels), T, seed)):
-        optimizer.param_groups[0]["lr"] = learning_rate(n, T)
-        losses, right = [], 0
-        for batch in epoch:
-            f = F.normalize(features[batch, n % features.shape[1]], dim=-1)      # (B, e)
-            g = F.normalize(clip.encode_prompts(*learner()), dim=-1)             # (K, e)
-            # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum over j of exp(cos(g_j, f) / tau).
-            # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is then e^5 against 1. It scales the
-            # gradient of V, too: another tau would want another learning rate.
-            logits = clip.logit_scale.exp() * f @ g.T                            # cos / tau, (B, K): B is 32
-            value = loss(logits, labels[batch])                                  # mean of -log p(label)
-            if keep:
-                value = value + keep * (1 - (g * hand).sum(-1).mean())           # KgCoOp: near the hand-written words
+    optimizer = torch.optim.SGD(
+        [learner.V], lr=learning_rate(0, T), momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    schedule = batches(len(labels), T, seed)
+    for epoch in range(T):
+        optimizer.param_groups[0]["lr"] = learning_rate(epoch, T)
+        losses = []
+        correct = []
+        for batch in schedule[epoch]:
+            f = F.normalize(features[batch, epoch % features.shape[1]], dim=-1)     # (B, e)
+            g = F.normalize(clip.encode_prompts(*learner()), dim=-1)                # (K, e)
+            # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum over j of exp(cos(g_j, f) / tau)
+            # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is e^5 against 1.
+            logits = clip.logit_scale.exp() * f @ g.T                               # (B, K)
+            value = loss(logits, labels[batch], g)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            # Both stay tensors until the epoch is over: to read a number here would make a GPU wait in every step.
-            losses.append(value.detach())
-            right += (logits.argmax(-1) == labels[batch]).sum()
-        losses = torch.stack(losses)
-        if not losses.isfinite().all():
-            step = n * len(epoch) + int((~losses.isfinite()).nonzero()[0])
-            raise ValueError(f"the loss is not a number at step {step} (epoch {n}): the weights or the image features "
-                             "are damaged, of another seed, or overflow in this --precision")
-        progress(n, losses.mean().item(), 100 * right.item() / sum(map(len, epoch)))
-
-
-def evaluate(image_features, text_features, labels):
-    """Percent of the images (N, e) whose nearest text (K, e), by cosine, is that of their label (N,). The temperature
-    says how sure a prediction is, not which class is ahead, and so do the exponential and the sum below it.
-    """
-    f, g = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    return 100 * ((f @ g.T).argmax(-1) == labels).double().mean().item()
+            losses.append(value.detach())           # still on the device: a GPU need not wait
+            correct.append(logits.argmax(-1) == labels[batch])
+        mean_loss = torch.stack(losses).mean().item()
+        if not math.isfinite(mean_loss):
+            raise ValueError(f"the loss is NaN or infinite in epoch {epoch}: the weights or the "
+                             "image features are damaged, or overflow in this --precision")
+        if progress:
+            percent = 100 * torch.cat(correct).double().mean().item()
+            progress(f"loss {mean_loss:.3f}, training accuracy {percent:.0f} %")
 
 
 @torch.no_grad()
 def zero_shot(clip, tokenizer, template, classnames):
-    """Features (K, e), of unit length, of hand-written prompts: names put into "a photo of a {}."."""
-    texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
-    return F.normalize(torch.cat([clip.encode_text(tokenizer(texts[i:i + 256], clip.context_length).to(clip.device))
-                                  for i in range(0, len(texts), 256)]), dim=-1)
+    """L2-normalized features (K, e) of hand-written prompts: names put into "a photo of a {}.".
+
+    template: one, or a list of them (an ensemble: the mean of their L2-normalized features).
+    """
+    templates = [template] if isinstance(template, str) else template
+    total = 0
+    for template in templates:
+        texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
+        ids = tokenizer(texts, clip.context_length).to(clip.device)
+        g = torch.cat([clip.encode_text(some) for some in ids.split(256)])
+        total = total + F.normalize(g, dim=-1)
+    return F.normalize(total, dim=-1)
+
+
+def classify(image_features, text_features):
+    """For each image (N, e) the index of the text (K, e) with the largest cosine -> (N,)
+
+    The temperature says how sure a prediction is, not which class is ahead.
+    """
+    f = F.normalize(image_features, dim=-1)
+    g = F.normalize(text_features, dim=-1)
+    return (f @ g.T).argmax(-1)
+
+
+def evaluate(image_features, text_features, labels):
+    """Percent of the images (N, e) that are classified as their label (N,) says."""
+    return percent(classify(image_features, text_features) == labels)
+
+
+def percent(correct):
+    """100 * the mean of a tensor of truth values."""
+    return 100 * correct.double().mean().item()
 
 
 # ---- The method ends here; what follows brings images in and results out -------------------------
+
+
+# ---- 2. Image features ---------------------------------------------------------------------------
 #
-# Images come in as features: the image encoder is frozen, so each crop need go through it but once. That is also what
-# makes a sweep cheap: another M, position or loss asks for the same crops and finds them in the cache.
+# The image encoder is frozen and the crop of image i in epoch n is a pure function of (i, n), so
+# each crop goes through it once, and its features are kept on disk.  Runs that differ in M,
+# position, csc, loss or the start of V share all of this work.
+#
+# A job is (path, [crop number, ...]); data.py cuts these crops of the image.
 
-def progress_line(what, total, advice=""):
-    """-> say(done, note): how far long work is and how long it will still take, every few seconds, then more rarely;
-    with the advice while that is more than five minutes.
+CHUNK = 1000        # crops per cache file, about: what a killed run can lose
+
+
+class Progress:
+    """Shows long work on stderr: call it after each step.
+
+    On a terminal one line that is rewritten in place, elsewhere a plain line now and then.
     """
-    start = said = time.time()
 
-    def say(done, note=""):
-        nonlocal said
+    def __init__(self, what, total, unit):
+        self.what = what
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.start = time.time()
+        self.shown = self.start
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, note="", count=1):
+        self.done += count
         now = time.time()
-        if now - said > max(5, 0.1 * (now - start)):
-            said, left = now, (now - start) / done * (total - done)
-            note += f", {left:.0f} s left" + advice * (left > 300)
-            print(f"{what}: {done} of {total}{note}", file=sys.stderr, flush=True)
-    return say
+        pause = 0.1 if self.terminal else max(10, (now - self.start) / 10)
+        finished = self.done >= self.total and self.terminal
+        if now - self.shown < pause and not finished:
+            return
+        self.shown = now
+        rate = self.done / max(now - self.start, 1e-9)
+        left = datetime.timedelta(seconds=round(max(0, self.total - self.done) / rate))
+        share = min(1, self.done / self.total)
+        line = f"{100 * share:3.0f} % of {self.total:,} {self.unit}, {rate:.1f} per second, {left} left"
+        if note:
+            line += f", {note}"
+        if self.terminal:
+            bar = ("#" * round(20 * share)).ljust(20, ".")
+            end = "\n" if finished else ""
+            line = f"\r{self.what} [{bar}] {line}".ljust(110)
+            print(line, end=end, file=sys.stderr, flush=True)
+        else:
+            print(f"{self.what}: {line}", file=sys.stderr, flush=True)
 
 
-def image_features(clip, jobs, cache=None, what="encoding crops", advice=""):
-    """Features (number of crops, e) fp32 on the CPU of jobs [(path, [crop number, ...]), ...], in order.
+def image_features(clip, jobs, cache=None, what="encoding images"):
+    """Features (number of crops, e) fp32, on the CPU, of the crops of jobs, in order.
 
-    What the cache (data.FeatureCache) holds is not computed again; what is computed is put there as soon as an image is
-    complete. Threads decode while the encoder works on batches of one size, whatever image the crops come from.
+    cache: a data.FeatureCache, or None.
     """
-    # Measured on CPU: a ResNet is fastest when the layers of one batch stay in the processor's caches, a ViT, which is
-    # matrix products throughout, with larger ones. A GPU wants to be filled.
-    size = 256 if clip.device.type == "cuda" else 8 if isinstance(clip.visual, clip_model.ModifiedResNet) else 32
-    files, known = {}, {path: {} for path, _ in jobs}
-    for path, numbers in jobs if cache else ():
-        files[path] = cache.file(path)                   # before decoding: a picture may be replaced meanwhile
-        known[path].update((n, vector.copy()) for n, vector in cache.get(files[path]).items() if n in numbers)
-    missing = [(path, [n for n in numbers if n not in known[path]]) for path, numbers in jobs]
-    crops, say = data.crops(missing, clip.resolution), progress_line(what, sum(len(n) for _, n in missing), advice)
-
-    def encoded():
-        done = 0
-        while batch := list(itertools.islice(crops, size)):
-            paths, numbers, pixels = zip(*batch)
-            with torch.inference_mode():
-                f = clip.encode_image(data.normalise(torch.from_numpy(np.stack(pixels)).to(clip.device))).float().cpu()
-            if not f.isfinite().all():
-                raise ValueError(f"features of {paths[0]} or a neighbour are NaN or infinite (weights? --precision?)")
-            say(done := done + len(batch))
-            yield from zip(paths, numbers, f.numpy())
-
-    for path, group in itertools.groupby(encoded(), lambda item: item[0]):
-        fresh = {n: vector for _, n, vector in group}
-        known[path].update(fresh)
-        if cache:
-            cache.put(files[path], fresh)
-    return torch.from_numpy(np.stack([known[path][n] for path, numbers in jobs for n in numbers]))
-
-
-def training_jobs(items, T, views=0, seed=1):
-    """The crops that train() reads, [(path, [n, ...]), ...]: not all, as each epoch drops an incomplete batch."""
-    needed = [set() for _ in items]
-    for n, epoch in enumerate(batches(len(items), T, seed)):
-        for i in torch.cat(epoch).tolist():
-            needed[i].add(n % (views or T))
-    return [(path, sorted(numbers)) for (path, _), numbers in zip(items, needed)]
+    return torch.cat(list(feature_chunks(clip, jobs, cache, what)))
 
 
 def training_features(clip, items, T, views=0, seed=1, cache=None):
-    """Features (N, crops, e) of the crops that train() reads, crops = min(views or T, T). Of the others, NaN: should
-    train() ever read one, it would stop and say so instead of learning from a wrong picture.
+    """Features (N, crops, e) of the crops that train() reads, on CLIP's device; the others are NaN.
+
+    items: [(path, label), ...].  views: crops per image; epoch n shows crop n % views.  0: a fresh
+    crop in every epoch, as in the paper.
     """
-    jobs, crops = training_jobs(items, T, views, seed), min(views or T, T)
-    features = torch.full((len(items), crops, clip.text_projection.shape[1]), float("nan"))
-    advice = f" (--views 10: at most {10 * len(items)} crops; approximate, see README)" if crops > 10 else ""
-    i, n = zip(*((i, n) for i, (_, numbers) in enumerate(jobs) for n in numbers))
-    features[i, n] = image_features(clip, jobs, cache, advice=advice)
+    jobs, images, numbers = training_jobs(items, T, views, seed)
+    e = clip.text_projection.shape[1]
+    features = torch.full((len(items), min(views or T, T), e), math.nan, device=clip.device)
+    start = 0
+    for chunk in feature_chunks(clip, jobs, cache, "encoding training crops"):
+        end = start + len(chunk)
+        features[images[start:end], numbers[start:end]] = chunk.to(clip.device)
+        start = end
     return features
 
 
-def generalised_cross_entropy(logits, labels, q=0.5):
-    """(1 - p^q) / q, p the probability of the label (arXiv 1805.07836): between cross-entropy (q -> 0) and 1 - p
-    (q = 1), nearly the share of mistakes, so that a wrong label, which stays improbable, pulls less.
+def training_jobs(items, T, views=0, seed=1):
+    """The crops that train() reads: jobs, and for each crop its image (index) and its number.
+
+    Not all are needed, as each epoch drops its incomplete batch.  Jobs are sorted by path, so that
+    runs on the same images in another order find them in the cache.
     """
-    log_p = logits.log_softmax(-1).gather(1, labels[:, None])
-    return (-torch.expm1(q * log_p) / q).mean()          # as p^q - 1, but with a gradient also where p is 0
+    crops = min(views or T, T)
+    needed = torch.zeros(len(items), crops, dtype=torch.bool)
+    for epoch, schedule in enumerate(batches(len(items), T, seed)):
+        needed[torch.cat(schedule), epoch % crops] = True
+    jobs = []
+    images = []
+    numbers = []
+    for i in sorted(range(len(items)), key=lambda i: str(items[i][0])):
+        wanted = needed[i].nonzero().flatten().tolist()
+        if wanted:
+            jobs.append((items[i][0], wanted))
+            images += [i] * len(wanted)
+            numbers += wanted
+    return jobs, torch.tensor(images), torch.tensor(numbers)
 
 
-def search_C(accuracy):
-    """The C with the best accuracy(C) by the official code's search: the best of seven powers of a hundred, then eight
-    halvings of [C / 10, 10 C] in log space, each keeping the half at the better end. Of equals, which are frequent
-    with the few validation images, the largest of the seven and then the lower end.
+def chunks(jobs):
+    """Cut jobs into lists of about CHUNK crops."""
+    chunk = []
+    for job in jobs:
+        chunk.append(job)
+        if count_crops(chunk) >= CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def count_crops(jobs):
+    return sum(len(numbers) for _, numbers in jobs)
+
+
+def feature_chunks(clip, jobs, cache, what):
+    """Yield the features (number of crops, e) of one chunk of jobs after the other."""
+    parts = list(chunks(jobs))
+    if cache:
+        keys = [chunk_key(clip, part) for part in parts]
+    e = clip.text_projection.shape[1]
+    missing = 0
+    for i, part in enumerate(parts):
+        if not cache or not cache.has(keys[i]):
+            missing += count_crops(part)
+    progress = Progress(what, missing, "crops")
+    for i, part in enumerate(parts):
+        features = None
+        if cache:
+            features = cache.load(keys[i], (count_crops(part), e))
+        if features is None:
+            features = encode_crops(clip, part, progress)
+            if cache:
+                cache.save(keys[i], features)
+        yield features
+
+
+@torch.inference_mode()
+def encode_crops(clip, jobs, progress):
+    """Features (number of crops, e) fp32 of the crops of jobs, by the image encoder.
+
+    Threads decode ahead while the encoder works.  Batch sizes are measured: on a CPU a ResNet is
+    fastest when the layers of a batch fit the caches, a ViT with more; a GPU wants to be filled.
     """
-    low = max((6, 4, 2, 0, -2, -4, -6), key=lambda exponent: accuracy(10.0 ** exponent)) - 1
-    high = low + 2
-    for _ in range(8):
-        middle, up = (low + high) / 2, accuracy(10.0 ** low) < accuracy(10.0 ** high)
-        best, low, high = (high, middle, high) if up else (low, low, middle)
-    return 10.0 ** best
+    size = 32
+    if clip.device.type == "cuda":
+        size = 256
+    elif isinstance(clip.visual, clip_model.ModifiedResNet):
+        size = 8
+    crops = data.crops(jobs, clip.resolution)
+    features = []
+    while True:
+        batch = list(itertools.islice(crops, size))
+        if not batch:
+            return torch.cat(features)
+        pixels = np.stack([pixels for _, _, pixels in batch])
+        x = data.normalize(torch.from_numpy(pixels).to(clip.device))
+        f = clip.encode_image(x).float().cpu()
+        if not f.isfinite().all():
+            raise ValueError(f"the features of {batch[0][0]} or a neighbor are NaN or infinite: "
+                             "damaged weights, or an overflow in this --precision")
+        features.append(f)
+        progress(count=len(batch))
+
+
+def chunk_key(clip, jobs):
+    """A hash of all that the features depend on: model, precision, code, images, crop numbers.
+
+    An image counts as the same while its path, size and time of change are.
+    """
+    description = [weights_name(clip), str(clip.image_dtype), image_code()]
+    for path, numbers in jobs:
+        stat = os.stat(path)
+        description.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, numbers))
+    return short_hash(repr(description), 32)
+
+
+def weights_name(clip):
+    """Eight digits of the file's checksum, and the GELU where it is not OpenAI's."""
+    return clip.sha256[:8] + ("" if clip.gelu == "quick" else "-exact-gelu")
+
+
+def short_hash(text, digits=8):
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:digits]
+
+
+@functools.cache
+def image_code():
+    """A hash of the code that reads, crops and encodes an image."""
+    return (code_hash(data, "crops", "normalize") + code_hash(clip_model, "CLIP", "load", "prepare")
+            + code_hash(sys.modules[__name__], "encode_crops"))
+
+
+def code_hash(module, *names):
+    """A hash of what a module does, or the named functions of it and all in it that they use.
+
+    Comments, docstrings and layout do not count.
+    """
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            del node.body[0]
+    nodes = tree.body
+    if names:
+        nodes = used_definitions(tree, names)
+    return short_hash("".join(ast.dump(node) for node in nodes))
+
+
+def used_definitions(tree, names):
+    """The top-level definitions of a module with these names, and those that they use in turn."""
+    definitions = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        definitions[name.id] = node
+    used = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in definitions and name not in used:
+            used[name] = definitions[name]
+            waiting += [part.id for part in ast.walk(definitions[name]) if isinstance(part, ast.Name)]
+    return [used[name] for name in sorted(used)]
+
+
+# ---- 3. The linear probe -------------------------------------------------------------------------
 
 
 def linear_probe(train, val):
-    """The paper's other baseline: multinomial logistic regression on pairs (features, labels), with scikit-learn's
-    objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS; C by accuracy on val. -> weights (K, e), biases
-    (K,), C. The features are not of unit length, as in the official code. It knows nothing of the class names: each
-    class is a free vector, where CoOp must find one that the text encoder can say.
+    """The paper's other baseline: logistic regression on pairs (features (N, e), labels (N,)).
+
+    scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by L-BFGS, to its optimum
+    (logits within 2e-3 of Newton's method; test_linear_probe_is_at_its_optimum).  C is chosen by
+    accuracy on val.  Returns weights (K, e), biases (K,) and C.  A class without training images
+    has a bias of -inf: it is never predicted.
+
+    The features are not L2-normalized, as in the official code.  The probe knows nothing of the
+    class names: each class is a free vector, where CoOp must find one that the text encoder can
+    say.
     """
-    # CLIP's features have much in common; with their mean taken off, which only moves the biases, L-BFGS gets all the
-    # way to the optimum: logits to 2e-3 for all of the seven C (test_linear_probe_is_at_its_optimum).
-    mean, (_, labels), (_, val_labels) = train[0].double().mean(0), train, val
-    f, val_f = (F.pad(features.double() - mean, (0, 1), value=1.0) for features, _ in (train, val))
+    # CLIP's features have much in common.  With their mean taken off, which only moves the biases,
+    # L-BFGS gets all the way to the optimum.
+    mean = train[0].double().mean(0)
+    f = F.pad(train[0].double() - mean, (0, 1), value=1.0)       # the last column is for biases
+    f_val = F.pad(val[0].double() - mean, (0, 1), value=1.0)
+    classes, labels = train[1].unique(return_inverse=True)       # the classes that have images
 
     @functools.cache
     def fit(C):
-        W = torch.zeros(int(labels.max()) + 1, f.shape[1], dtype=f.dtype, requires_grad=True)   # last column: biases
-        optimizer = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-9 * min(1, C),
-                                      line_search_fn="strong_wolfe")
+        return fit_logistic(f, labels, len(classes), C)
 
-        def loss():
-            optimizer.zero_grad()
-            value = C * F.cross_entropy(f @ W.T, labels, reduction="sum") + W[:, :-1].square().sum() / 2
-            value = value / min(1, C * len(f))           # for a small C all of it would be below the tolerances
-            value.backward()
-            return value
+    def accuracy(C):
+        return (classes[(f_val @ fit(C).T).argmax(-1)] == val[1]).sum().item()
 
-        optimizer.step(loss)
-        return W.detach()
-
-    C = search_C(lambda C: ((val_f @ fit(C).T).argmax(-1) == val_labels).sum().item())
-    W, b = fit(C)[:, :-1], fit(C)[:, -1]
-    return W, b - W @ mean, C
+    C = search_C(accuracy)
+    K = int(torch.cat([train[1], val[1]]).max()) + 1
+    W = torch.zeros(K, f.shape[1] - 1, dtype=f.dtype)
+    b = torch.full((K,), -math.inf, dtype=f.dtype)
+    W[classes] = fit(C)[:, :-1]
+    b[classes] = fit(C)[:, -1] - fit(C)[:, :-1] @ mean
+    return W, b, C
 
 
-# ---- Results and prompts ------------------------------------------------------------------------
-#
-# A run of CoOp leaves two things: its prompt, a file that is whole or not there, and then a line in results.jsonl. So a
-# run with a line has had a whole prompt, and of one that was killed what is missing is done again.
-#
-#     {"method": "coop", "shots": 16, "seed": 1, "classes": "all", "n_test": 800, "M": 16, "position": "end",
-#      "csc": false, "epochs": 200, "views": 0, "dataset": "demo", ..., "accuracy": 74.5}
-#
-# Runs are the same when all else in their lines is: who changes the method adds a setting (or gives --again), or old
-# runs are "known". Device and version of torch are told, but count as the same; --precision does not.
+def fit_logistic(f, labels, K, C):
+    """Weights (K, columns) at the optimum; the last column of f is 1 and is not penalized.
 
-MEASURED = {"accuracy", "C", "n_test", "seconds_images", "seconds_training", "device", "torch"}
-USUAL = {"M": 16, "position": "end", "csc": False, "init": None, "views": 0, "loss": "ce", "noise": 0, "keep": 0}
-
-
-def same(a, b):
-    """Whether two lines of results.jsonl come from the same settings."""
-    return all(a.get(key) == b.get(key) for key in (a.keys() | b.keys()) - MEASURED)
-
-
-def read_results(file):
-    """The lines of results.jsonl, of all processes that write to it; one that a crash cut off counts as absent."""
-    found = []
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            found += [line] if isinstance(line, dict) and "accuracy" in line else []
-    return found
-
-
-def add_result(file, line):
-    """Append in one write, as other processes may append, too; after a torn line on a line of its own."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+b") as results:
-        results.seek(max(0, results.seek(0, os.SEEK_END) - 1))
-        start = b"" if results.read(1) in (b"", b"\n") else b"\n"
-        results.write(start + json.dumps(line).encode() + b"\n")
-
-
-def load_prompt(path):
-    """A prompt saved by us, or by the official code (prompt_learner/model.pth.tar-N, which tells neither class names
-    nor settings). -> {"V", "classnames", "settings"}, from us also "text_features" (K, e) of unit length,
-    "logit_scale", "resolution" and "path" of the backbone. ValueError for anything else, and if there is no file.
+    Two classes have one vector, and zeros for the first class, as in scikit-learn.
     """
-    prompt, tensors = clip_model.read_archive(path)
+    rows = 1 if K == 2 else K
+    W = torch.zeros(rows, f.shape[1], dtype=f.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-9 * min(1, C),
+        line_search_fn="strong_wolfe")
+
+    def weights():
+        return F.pad(W, (0, 0, K - rows, 0))                     # (1, columns) -> (2, columns)
+
+    def objective():
+        optimizer.zero_grad()
+        fit = F.cross_entropy(f @ weights().T, labels, reduction="sum")
+        value = C * fit + W[:, :-1].square().sum() / 2
+        value = value / min(1, C * len(f))     # for a small C all would be below the tolerances
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return weights().detach()
+
+
+def search_C(accuracy):
+    """The C with the best accuracy(C), by the official code's search.
+
+    The best of seven powers of a hundred, then eight halvings of [C / 10, 10 C] in log space, each
+    keeping the half at the better end.  Of equals, which are frequent with few validation images,
+    the largest of the seven and then the lower end.
+    """
+    best = max((6, 4, 2, 0, -2, -4, -6), key=lambda exponent: accuracy(10.0 ** exponent))
+    low = best - 1
+    high = best + 1
+    for _ in range(8):
+        middle = (low + high) / 2
+        if accuracy(10.0 ** low) < accuracy(10.0 ** high):
+            low = middle
+            best = high
+        else:
+            high = middle
+            best = low
+    return 10.0 ** best
+
+
+# ---- 4. Other losses -----------------------------------------------------------------------------
+#
+# Beyond the paper, off by default.  Each is a function of logits (B, K), labels (B,) and the
+# L2-normalized text features g (K, e), for train(..., loss=...).
+
+KGCOOP_WEIGHT = 8
+
+
+def generalized_cross_entropy(logits, labels, g, q=0.5):
+    """The mean of (1 - p^q) / q with p the probability of the label (arXiv 1805.07836).
+
+    Between cross-entropy (q -> 0) and 1 - p (q = 1), nearly the share of mistakes: a wrong label,
+    which stays improbable, pulls less.
+    """
+    log_p = logits.log_softmax(-1).gather(1, labels[:, None])
+    return (-torch.expm1(q * log_p) / q).mean()      # p^q - 1, with a gradient also where p is 0
+
+
+def kgcoop(hand_written):
+    """The loss of KgCoOp (arXiv 2303.13283), given features (K, e) of hand-written prompts.
+
+    What V makes of a class may not stray far from what the words make of it, which is meant to
+    help classes that were not there in training.
+    """
+    def loss(logits, labels, g):
+        distance = 1 - (g * hand_written).sum(-1).mean()
+        return F.cross_entropy(logits, labels) + KGCOOP_WEIGHT * distance
+    return loss
+
+
+# ---- 5. One run ----------------------------------------------------------------------------------
+#
+# One run is one file.  Its settings are a Run, and a hash of all of them ends the file's name:
+#
+#     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.json       the result
+#     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.pt         the learned prompt
+#
+# A run whose JSON file exists is done.  The program itself is one of the settings (`code`), so
+# whoever edits the method gets a new result.  If you add an option, add a field.
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of one run: all that can change its result.  None: does not apply."""
+
+    method: str                     # "zero-shot", "linear-probe" or "coop"
+    dataset: str
+    backbone: str
+    shots: int = 0                  # training images per class
+    seed: int | None = None         # of the few-shot sample, V's start, the batches, wrong labels
+    M: int | None = None            # number of context vectors
+    position: str | None = None     # of the class name: "end", "middle" or "front"
+    csc: bool | None = None         # class-specific contexts
+    init: str | None = None         # words to start V from; None: from noise
+    epochs: int | None = None       # T
+    views: int | None = None        # crops per image; 0: a fresh crop every epoch
+    classes: str = "all"            # "base": learn on the first half, test on both halves
+    loss: str | None = None         # "ce", "gce" or "kgcoop"
+    noise: float | None = None      # share of wrong training labels
+    precision: str = "fp32"         # of the image encoder
+    template: str | None = None     # hand-written prompt; several are joined by JOIN
+    weights: str = ""               # checksum of CLIP's weights
+    images: str = ""                # checksum of the dataset's names, labels and file sizes
+    code: str = ""                  # hash of the program
+
+    @property
+    def stem(self):
+        """The name of the run's files: a readable part and a hash of all fields."""
+        words = [self.dataset, self.backbone, self.method]
+        if self.method != "zero-shot":
+            words += [f"{self.shots}shot", f"seed{self.seed}"]
+        readable = re.sub(r"[^\w.-]+", "-", "-".join(words))
+        while len(readable.encode()) > 150:          # file systems take 255 bytes
+            readable = readable[:-1]
+        return f"{readable}-{short_hash(repr(self))}"
+
+    @property
+    def label(self):
+        """The run's row in a table: the method and what is not the paper's default."""
+        if self.method == "zero-shot":
+            words = [f'zero-shot "{self.template}"']
+        elif self.method == "linear-probe":
+            words = ["linear probe"]
+        else:
+            words = [f"CoOp M={self.M} {self.position}"]
+            if self.csc:
+                words.append("csc")
+            if self.init:
+                words.append(f'init="{self.init}"')
+            if self.epochs != paper_epochs(self.shots, self.dataset):
+                words.append(f"epochs={self.epochs}")
+            if self.views:
+                words.append(f"views={self.views}")
+            if self.loss != "ce":
+                words.append(self.loss)
+            if self.noise:
+                words.append(f"noise={self.noise}")
+        if self.classes != "all":
+            words.append(f"on {self.classes}")
+        return " ".join(words)
+
+    def __str__(self):
+        if self.method == "zero-shot":
+            return self.label
+        return f"{self.label}, {self.shots} shots, seed {self.seed}"
+
+
+JOIN = " | "        # between the templates of an ensemble
+
+
+def paper_epochs(shots, dataset):
+    """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4 shots, 200 for 8 and 16."""
+    if shots <= 1 or dataset == "imagenet":
+        return 50
+    if shots <= 4:
+        return 100
+    return 200
+
+
+@dataclass
+class Setup:
+    """What all runs share: a CLIP, a dataset, and the features of its test images."""
+
+    clip: clip_model.CLIP
+    backbone: str                   # name or path of the weights
+    tokenizer: Tokenizer
+    dataset: data.Dataset
+    cache: data.FeatureCache | None
+
+    @functools.cached_property
+    def test(self):
+        """Features (N, e) and labels (N,) of all test images, encoded when first asked for."""
+        return self.encode(self.dataset.test, "encoding test images")
+
+    def encode(self, items, what="encoding images"):
+        """Features (N, e) and labels (N,) of the test crops of items."""
+        jobs = [(path, [TEST]) for path, _ in items]
+        features = image_features(self.clip, jobs, self.cache, what)
+        return features, torch.tensor([label for _, label in items])
+
+    def labels(self, split):
+        """Labels of a class split: "all", "base" (the first half, rounded up) or "new"."""
+        return data.subset(len(self.dataset.classnames), split)
+
+    def classnames(self, split):
+        return [self.dataset.classnames[label] for label in self.labels(split)]
+
+    def test_part(self, split):
+        """Features and labels of the test images of a class split, labels counted from 0."""
+        features, labels = self.test
+        wanted = torch.tensor(self.labels(split))
+        mask = torch.isin(labels, wanted)
+        return features[mask], torch.searchsorted(wanted, labels[mask])
+
+    def few_shot(self, run):
+        """The training and the validation images of a run, labels counted from 0 in its split."""
+        rng = random.Random(run.seed)
+        train_items = data.few_shot(self.dataset.train, run.shots, rng)
+        val_items = data.few_shot(self.dataset.val, min(run.shots, 4), rng)
+        return self.renumber(train_items, run.classes), self.renumber(val_items, run.classes)
+
+    def renumber(self, items, split):
+        """The items of a class split, labels counted from 0.
+
+        The other classes are no possible answers then: to classify into 8 classes is easier than
+        into 16, so halves only compare with halves.
+        """
+        index = {label: i for i, label in enumerate(self.labels(split))}
+        return [(path, index[label]) for path, label in items if label in index]
+
+    def hand_written(self, template, split):
+        """Text features (K, e) of a template, or of several that are joined by JOIN."""
+        names = self.classnames(split)
+        return zero_shot(self.clip, self.tokenizer, template.split(JOIN), names).cpu()
+
+    @functools.cached_property
+    def images_hash(self):
+        """Tells datasets apart by names, labels and file sizes, wherever the folder is."""
+        files = []
+        for part in (self.dataset.train, self.dataset.val, self.dataset.test):
+            for path, label in part:
+                files.append((Path(path).parts[-2:], label, os.path.getsize(path)))
+        return short_hash(repr((self.dataset.classnames, files)))
+
+
+def run_once(setup, run, out, again=False):
+    """The result of a run: read from its file if it is done, else measured and saved.
+
+    The test images come first: a damaged one should stop us now, not after an hour of training.
+    """
+    path = out / f"{run.stem}.json"
+    if path.exists() and not again:
+        return json.loads(path.read_text(encoding="utf-8"))
+    start = time.time()
+    setup.test
+    encoded = time.time()
+    result = {"settings": dataclasses.asdict(run)}
+    result.update(METHODS[run.method](setup, run, out))
+    result["seconds_images"] = round(encoded - start + result["seconds_images"], 2)
+    result["device"] = str(setup.clip.device)
+    result["torch"] = torch.__version__
+    data.write(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    return result
+
+
+def run_zero_shot(setup, run, out):
+    """CLIP with the hand-written prompt."""
+    predicted = {}
+    for split in test_splits(run):
+        f, _ = setup.test_part(split)
+        predicted[split] = classify(f, setup.hand_written(run.template, split))
+    return measured(setup, predicted, [], 0, 0)
+
+
+def run_linear_probe(setup, run, out):
+    """Logistic regression on the image features; C is chosen on the validation images."""
+    start = time.time()
+    train_items, val_items = setup.few_shot(run)
+    train_set = setup.encode(train_items)
+    val_set = setup.encode(val_items)
+    encoded = time.time()
+    W, b, _ = linear_probe(train_set, val_set)
+    f, _ = setup.test_part(run.classes)
+    predicted = {run.classes: (f.double() @ W.T + b).argmax(-1)}
+    return measured(setup, predicted, train_items, encoded - start, time.time() - encoded)
+
+
+def run_coop(setup, run, out):
+    """Learn a prompt, save it, test it.  As in the paper, the result is V of the last epoch."""
+    start = time.time()
+    items, _ = setup.few_shot(run)
+    classnames = setup.classnames(run.classes)
+    clip = setup.clip
+    features = training_features(clip, items, run.epochs, run.views, run.seed, setup.cache)
+    encoded = time.time()
+    labels = data.mislabel([label for _, label in items], run.noise, len(classnames), run.seed)
+    labels = torch.tensor(labels, device=clip.device)
+    torch.manual_seed(run.seed)                      # PromptLearner samples the first V
+    learner = PromptLearner(
+        clip, setup.tokenizer, classnames, run.M, run.position, run.csc, run.init)
+    progress = Progress("learning V", run.epochs, "epochs")
+    train(clip, learner, features, labels, run.epochs, run.seed, make_loss(setup, run), progress)
+    seconds = time.time() - encoded
+    V = learner.V.detach()
+    save_prompt(out / f"{run.stem}.pt", setup, run, V)
+    predicted = {}
+    for split in test_splits(run):
+        f, _ = setup.test_part(split)
+        g = learned_features(clip, setup.tokenizer, setup.classnames(split), V, run.position)
+        predicted[split] = classify(f, g.cpu())
+    return measured(setup, predicted, items, encoded - start, seconds)
+
+
+METHODS = {"zero-shot": run_zero_shot, "linear-probe": run_linear_probe, "coop": run_coop}
+
+
+def make_loss(setup, run):
+    """The function for train() that a run's setting `loss` names."""
+    if run.loss == "gce":
+        return generalized_cross_entropy
+    if run.loss == "kgcoop":
+        return kgcoop(setup.hand_written(run.template, run.classes).to(setup.clip.device))
+    return cross_entropy
+
+
+def test_splits(run):
+    """The class splits to test on: what was learned for all base classes is tested on new ones."""
+    if run.classes == "base" and not run.csc and run.method != "linear-probe":
+        return ["base", "new"]
+    return [run.classes]
+
+
+def measured(setup, predicted, training_items, seconds_images, seconds_training):
+    """The part of a result that is measured, from {class split: predicted labels (N,)}."""
+    accuracy = {}
+    n_test = {}
+    per_class = {}
+    for split, answers in predicted.items():
+        _, labels = setup.test_part(split)
+        correct = answers == labels
+        accuracy[split] = percent(correct)
+        n_test[split] = len(labels)
+        for label, name in enumerate(setup.classnames(split)):
+            if name in per_class:                    # two classes of one name
+                name = f"{name} ({label})"
+            if (labels == label).any():
+                per_class[name] = percent(correct[labels == label])
+    if len(accuracy) == 2:
+        accuracy["harmonic"] = statistics.harmonic_mean(accuracy.values())
+    root = setup.dataset.root
+    return {
+        "accuracy": accuracy,
+        "n_test": n_test,
+        "per_class": per_class,
+        "training_images": [Path(path).relative_to(root).as_posix() for path, _ in training_items],
+        "seconds_images": seconds_images,
+        "seconds_training": round(seconds_training, 2),
+    }
+
+
+# ---- 6. Many runs --------------------------------------------------------------------------------
+
+
+def make_runs(args, setup):
+    """The grid that a command line asks for: zero-shot, then each method for each sample."""
+    backbone = Path(setup.backbone).stem
+    if setup.backbone in clip_model.MODELS:
+        backbone = setup.backbone.replace("/", "-")
+    shared = dict(
+        dataset=setup.dataset.name,
+        backbone=backbone,
+        classes=args.classes,
+        precision=args.precision,
+        weights=weights_name(setup.clip),
+        images=setup.images_hash,
+        code="".join(code_hash(module) for module in MODULES),
+    )
+    runs = []
+    for template in args.templates:
+        runs.append(Run(method="zero-shot", template=template, **shared))
+    numbers = args.M
+    if args.init is not None:
+        numbers = [len(setup.tokenizer.encode(args.init.replace("_", " ")))]
+    for shots, seed in itertools.product(args.shots, args.seeds):
+        if shots == 0:
+            continue
+        if args.probe:
+            runs.append(Run(method="linear-probe", shots=shots, seed=seed, **shared))
+        for M, position, csc in itertools.product(numbers, args.position, args.csc):
+            runs.append(Run(
+                method="coop",
+                shots=shots,
+                seed=seed,
+                M=M,
+                position=position,
+                csc=csc,
+                init=args.init,
+                epochs=args.epochs or paper_epochs(shots, setup.dataset.name),
+                views=args.views,
+                loss=args.loss,
+                noise=args.noise,
+                template=args.templates[0] if args.loss == "kgcoop" else None,
+                **shared,
+            ))
+    return runs
+
+
+MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])
+
+
+def learn(args):
+    """All runs of a command line, their table, and how to use what was learned."""
+    setup = make_setup(args)
+    runs = make_runs(args, setup)
+    check_runs(args, setup, runs)
+    announce(args, setup, runs)
+    share_encoding(args, setup, runs)
+    for run in runs[args.rank::args.world]:
+        done = (args.out / f"{run.stem}.json").exists() and not args.again
+        print_result(run, run_once(setup, run, args.out, args.again), done)
+    wait_for_all(args)
+    if args.rank:
+        return
+    results = [run_once(setup, run, args.out) for run in runs]     # all are done by now
+    print("\n" + table(results))
+    if args.plot:
+        for path in plot(args, setup, results):
+            print(f"picture: {path}")
+    learned = [run for run in runs if run.method == "coop"]
+    if learned:
+        path = args.out / f"{learned[-1].stem}.pt"
+        if args.demo:
+            print("\nnearest words to V: " + frequent_words(load_prompt(path), setup))
+        print(f"\nto use the prompt: python coop.py --load {path} --predict IMAGE_OR_FOLDER")
+
+
+def make_setup(args):
+    """Load the weights and read the folder; say what they are and what was passed over."""
+    dataset = data.load_dataset(args.data)
+    clip, tokenizer = load_clip(args.backbone, args)
+    K = len(dataset.classnames)
+    parameters = sum(p.numel() for p in clip.parameters()) / 1e6
+    print(f"CLIP {args.backbone} on {args.device}: {parameters:.1f} M parameters, all frozen; "
+          f"images in {args.precision}")
+    print(f"{dataset.name}: K = {K} classes ({data.some(dataset.classnames, 3)}), "
+          f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} "
+          "test images")
+    for note in dataset.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not args.templates:
+        args.templates = [dataset.template]
+    return Setup(clip, args.backbone, tokenizer, dataset, open_cache(args))
+
+
+def open_cache(args):
+    """The feature cache of a command line, or None."""
+    if args.no_cache:
+        return None
     try:
-        prompt = {**prompt, **tensors}
-        if "state_dict" in prompt:
-            prompt = {"V": tensors["state_dict.ctx"], "classnames": None, "settings": {}}
-        V, names, settings = prompt["V"], prompt["classnames"], prompt["settings"]
-        sound = (V.dim() in (2, 3) and V.numel() and V.isfinite().all()
-                 and all(isinstance(key, str) for key in settings)
-                 and all(isinstance(value, (str, int, float, type(None))) for value in settings.values())
-                 and settings.get("position", "end") in POSITIONS and isinstance(settings.get("shots", 0), int))
-        if names is not None:                            # ours
-            g, scale = prompt["text_features"], prompt["logit_scale"]
-            sound = (sound and isinstance(names, list) and all(isinstance(name, str) for name in names)
-                     and g.dim() == 2 and len(g) == len(names) and V.shape[:-2] in ((), g.shape[:1])
-                     and g.isfinite().all() and scale.dim() == 0 and scale.isfinite() and g.dtype == torch.float32
-                     and isinstance(prompt["resolution"], int) and isinstance(prompt["path"], str))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path} holds no learned prompt (expected a file of this program or of the official code)")
-    told = dict.fromkeys(("position", "shots", "seed", "epochs", "dataset", "classes"))
-    settings = {**USUAL, **told, "M": V.shape[-2], "csc": V.dim() == 3, **settings}
-    return {**prompt, "V": V.float(), "settings": settings, "file": path}
+        return data.FeatureCache(args.cache / "features")
+    except OSError as error:
+        print(f"note: image features are not kept on disk, {error} (--cache DIR names another "
+              "place)", file=sys.stderr)
+        return None
 
 
-def unusual(r):
-    """In which settings a run of CoOp differs from the paper's standard: ["M=4", "csc", "epochs=20"]. Tables and file
-    names tell these only, so that the usual ones stay short and a new setting changes none of them.
+def load_clip(backbone, args):
+    """The model, made fast, and the tokenizer that it was trained with.
+
+    OpenAI's vocabulary; or the merges that lie beside the weights, as the demo's do; or plain
+    bytes.  The number of token embeddings decides.  With another tokenizer every prompt would be
+    another sentence, and nothing would fail.
     """
-    usual = {**USUAL, "epochs": epochs(r["shots"] or 0, r["dataset"]), "classes": "all",
-             "precision": "fp16" if r["device"] == "cuda" else "fp32"}
-    return [key if r[key] is True else f"{key}={r[key]}" for key in usual if r.get(key) not in (usual[key], None)]
+    torch.backends.cuda.matmul.allow_tf32 = True     # text encoder on CUDA: fp32, TF32 products
+    clip = clip_model.load(backbone, args.device, args.gelu)
+    merges = Path(backbone).with_suffix(".merges.txt")
+    tokenizer = Tokenizer()
+    if merges.is_file():
+        tokenizer = Tokenizer.from_file(merges)
+    elif clip.vocab_size != tokenizer.vocab_size:
+        tokenizer = Tokenizer.openai()
+    if clip.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"{backbone} has {clip.vocab_size} token embeddings; OpenAI's have 49408, "
+                         f"and there is no {merges} with another vocabulary")
+    return clip_model.prepare(clip, PRECISIONS[args.precision]), tokenizer
 
 
-def file_name(r):
-    """<dataset>-<backbone>-<shots>shot-seed<seed>, then what is unusual, in characters and a length that every system
-    takes; a number stands for what is too long.
-    """
-    name = "-".join([r["dataset"], r["backbone"], f"{r['shots']}shot", f"seed{r['seed']}", *unusual(r)])
-    name = re.sub(r"[^\w.=-]+", "-", name).encode()
-    return (name if len(name) <= 200 else name[:190] + b"-%08x" % zlib.crc32(name)).decode(errors="ignore") + ".pt"
+def check_runs(args, setup, runs):
+    """Raise ValueError for what would fail later, after an hour of encoding."""
+    dataset = setup.dataset
+    images = {path for path, _ in dataset.test}
+    for split in test_splits(runs[0]):
+        wanted = setup.labels(split)
+        if not any(label in wanted for _, label in dataset.test):
+            raise ValueError(f"there are no test images of the {split} classes")
+    for run in runs:
+        if run.method == "zero-shot":
+            continue
+        train_items, val_items = setup.few_shot(run)
+        if not train_items:
+            raise ValueError(f"{dataset.root} has no training images of the {run.classes} classes: "
+                             "use --shots 0, or --load a learned prompt")
+        images.update(path for path, _ in train_items)
+        if run.method == "linear-probe":
+            images.update(path for path, _ in val_items)
+            if not val_items:
+                raise ValueError("--probe needs validation images to choose its C, and "
+                                 f"{dataset.root} has none")
+    for run in {(run.M, run.position, run.csc): run for run in runs if run.M}.values():
+        for split in {run.classes, *test_splits(run)}:
+            names = setup.classnames(split)
+            PromptLearner(setup.clip, setup.tokenizer, names, run.M, run.position, run.csc, run.init)
+    data.check_images(sorted(images, key=str))
 
 
-def row_name(r):
-    """What a result is called in the table and in the picture."""
-    if r["method"] != "coop":
-        return r["method"] + f" classes={r['classes']}" * (r["classes"] != "all")
-    more = [word for word in unusual(r) if not word.startswith(("M=", "position="))]
-    return " ".join(["CoOp", f"M={r['M']}", r["position"], *more])
+def announce(args, setup, runs):
+    """Say what will be learned from what."""
+    learned = [run for run in runs if run.method == "coop"]
+    if not learned:
+        return
+    K = len(setup.classnames(args.classes))
+    d = setup.clip.token_embedding.embedding_dim
+    shapes = {}
+    for run in learned:
+        shape = (K, run.M, d) if run.csc else (run.M, d)
+        shapes[f"V {shape}, {math.prod(shape):,} parameters"] = True
+    epochs = args.epochs or "by shots, as in the paper"
+    crops = f"{args.views} crops per image" if args.views else "a fresh crop every epoch"
+    print(f"to learn: {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs "
+          f"{epochs}, {crops}")
+    counts = torch.tensor([label for _, label in setup.dataset.train]).bincount()
+    smallest = counts[counts > 0].min().item()
+    if smallest < max(args.shots):
+        print("note: a class with fewer training images than --shots gives all that it has (the "
+              f"smallest: {smallest}; of class folders without train/ and test/, half of the "
+              "images are for training)", file=sys.stderr)
 
 
-# The paper's numbers for RN50: the test images of its split, as a part of them is not comparable; then accuracy of
-# zero-shot CLIP and of CoOp with M=16, end, at 1, 2, 4, 8 and 16 shots.
+def print_result(run, result, done):
+    accuracy = ", ".join(f"{split} {value:.2f} %" for split, value in result["accuracy"].items())
+    per_class = result["per_class"]
+    hardest = sorted(per_class, key=per_class.get)[:3]
+    named = ", ".join(f"{name} {per_class[name]:.0f} %" for name in hardest)
+    note = "  (done already)" if done else ""
+    print(f"{run}: {accuracy.removeprefix('all ')}; hardest: {named}{note}", flush=True)
+
+
+# Several processes, started by torchrun: process r of N takes runs[r::N] and encodes every N-th
+# chunk of images; they meet in the cache and in the folder of results.  No single run is split.
+
+
+def start_processes(args):
+    args.rank = int(os.environ.get("RANK", 0))
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.world > 1:
+        if args.no_cache or args.load:
+            raise ValueError("torchrun is for learning, with features shared through the cache: no "
+                             "--load, no --no-cache")
+        if args.device == "cuda":
+            args.device = f"cuda:{args.rank % torch.cuda.device_count()}"
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))
+
+
+def wait_for_all(args):
+    if args.world > 1:
+        torch.distributed.barrier()
+
+
+def share_encoding(args, setup, runs):
+    """Put this process's share of all features into the cache, then wait for the others'."""
+    if args.world > 1:
+        jobs = [(path, [TEST]) for path, _ in setup.dataset.test]
+        mine = list(chunks(jobs))[args.rank::args.world]
+        samples = {(run.shots, run.seed): run for run in runs if run.method == "coop"}
+        for run in samples.values():
+            items, _ = setup.few_shot(run)
+            jobs, _, _ = training_jobs(items, run.epochs, run.views, run.seed)
+            mine += list(chunks(jobs))[args.rank::args.world]
+        for chunk in mine:
+            image_features(setup.clip, chunk, setup.cache)
+        wait_for_all(args)
+
+
+# The paper's numbers for RN50: test images of its split, then the accuracy of zero-shot CLIP and
+# of CoOp with M = 16, end, at 1, 2, 4, 8 and 16 shots.
+PAPER_SHOTS = (0, 1, 2, 4, 8, 16)
 PAPER = {
     "oxford_pets": (3669, 85.77, 85.89, 82.64, 86.70, 85.32, 87.01),
     "oxford_flowers": (2463, 66.14, 68.12, 77.51, 86.20, 91.18, 94.51),
@@ -423,559 +1104,667 @@ PAPER = {
     "sun397": (19850, 58.52, 60.29, 59.48, 63.47, 65.52, 69.26),
     "caltech-101": (2465, 86.29, 87.53, 87.93, 89.55, 90.21, 91.83),
     "ucf101": (3783, 61.46, 61.92, 64.09, 67.03, 71.94, 75.71),
-    "imagenet": (50000, 58.18, 57.15, 57.81, 59.99, 61.56, 62.95)}
+    "imagenet": (50000, 58.18, 57.15, 57.81, 59.99, 61.56, 62.95),
+}
 
 
-def cells(results):
-    """{row name: {shots: accuracies of all seeds}}; where the paper has numbers for this dataset and these weights,
-    they are a row of their own.
-    """
-    rows, first = {}, results[0]
-    for r in results:
-        rows.setdefault(row_name(r), {}).setdefault(r["shots"], []).append(r["accuracy"])
-    n_test, *numbers = PAPER.get(first["dataset"], (None,))
-    if n_test == first["n_test"] and clip_model.MODELS["RN50"].startswith(first["weights"]):
-        shown = {r["shots"] for r in results}
-        rows["the paper's zero-shot, M=16 end"] = {c: [a] for c, a in zip((0, 1, 2, 4, 8, 16), numbers) if c in shown}
+def collect(results):
+    """{row: {shots: [accuracy of each seed]}}; the paper's numbers are a row of their own."""
+    rows = {}
+    for result in results:
+        run = Run(**result["settings"])
+        for split, accuracy in result["accuracy"].items():
+            row = run.label
+            if len(result["accuracy"]) > 1:
+                row += f": {split}"
+            rows.setdefault(row, {}).setdefault(run.shots, []).append(accuracy)
+    first = results[0]
+    run = Run(**first["settings"])
+    n_test, *numbers = PAPER.get(run.dataset, (None,))
+    same_weights = clip_model.MODELS["RN50"][0].startswith(run.weights)
+    if first["n_test"].get("all") == n_test and same_weights:
+        shown = {result["settings"]["shots"] for result in results}
+        paper = {}
+        for shots, accuracy in zip(PAPER_SHOTS, numbers):
+            if shots in shown:
+                paper[shots] = [accuracy]
+        rows["the paper's: zero-shot, M=16 end"] = paper
     return rows
 
 
 def table(results):
-    """Accuracy by method and number of shots, mean over seeds ± standard deviation."""
-    rows, columns = cells(results), sorted({r["shots"] for r in results})
-    width = max(34, *map(len, rows))
-    text = f"{'accuracy, %':<{width}}" + "".join(f"{f'{shots} shots':>15}" for shots in columns)
-    for row, found in rows.items():
-        text += f"\n{row:<{width}}"
-        for a in (found.get(shots) for shots in columns):
-            spread = f" ± {statistics.stdev(a):.2f}" if a and len(a) > 1 else ""
-            text += f"{f'{statistics.mean(a):.2f}{spread}' if a else '':>15}"
-    return text
+    """Accuracy by method and number of shots: mean over seeds ± standard deviation (n - 1)."""
+    rows = collect(results)
+    columns = sorted({result["settings"]["shots"] for result in results})
+    width = max(len(row) for row in rows) + 2
+    lines = ["accuracy, %".ljust(width) + "".join(f"{f'{shots} shots':>15}" for shots in columns)]
+    for row, cells in rows.items():
+        line = row.ljust(width)
+        for shots in columns:
+            line += f"{mean_and_spread(cells.get(shots, [])):>15}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
-def plot(results, file):
-    """The paper's figure 3: accuracy against shots, zero-shot as a star, the spread over seeds as a band."""
-    # The optional package, without its pyplot, which would look for a screen.
+def mean_and_spread(values):
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def plot(args, setup, results):
+    """The paper's figure 3, and eight test images with their predictions.  Returns the files."""
+    curves = args.out / f"{setup.dataset.name}-accuracy.png"
+    plot_accuracy(results, setup.dataset.name, curves)
+    learned = [result for result in results if result["settings"]["method"] == "coop"]
+    if not learned:
+        return [curves]
+    best = max(learned, key=lambda result: result["settings"]["shots"])
+    images = args.out / f"{setup.dataset.name}-images.png"
+    plot_images(setup, Run(**best["settings"]), args, images)
+    return [curves, images]
+
+
+def new_figure(width, height):
+    """A figure of matplotlib, the one optional package, without pyplot, which wants a screen."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_accuracy(results, title, path):
+    """Accuracy against shots, zero-shot as a star, the spread over seeds as a band."""
+    figure = new_figure(6.5, 4.5)
     axes = figure.subplots()
-    for row, found in cells(results).items():
-        shots, style = sorted(found), {"zero-shot": "*", "linear-probe": "o--"}.get(row.split(" ")[0], "o-")
-        mean, spread = np.array([[np.mean(found[c]), np.std(found[c], ddof=len(found[c]) > 1)] for c in shots]).T
-        line, = axes.plot(shots, mean, style, label=row, markersize=12 if style == "*" else 5)
+    for row, cells in collect(results).items():
+        shots = sorted(cells)
+        mean = np.array([statistics.mean(cells[count]) for count in shots])
+        spread = np.array([np.std(cells[count], ddof=min(1, len(cells[count]) - 1))
+                           for count in shots])
+        style = "*" if row.startswith("zero-shot") else "o-"
+        size = 12 if row.startswith("zero-shot") else 5
+        line, = axes.plot(shots, mean, style, label=row, markersize=size)
         axes.fill_between(shots, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
-    axes.set(xlabel="labelled images per class", ylabel="accuracy on the test images, %", title=results[0]["dataset"],
-             xticks=sorted({r["shots"] for r in results}))
+    axes.set(xlabel="labeled images per class", ylabel="accuracy on the test images, %",
+             title=title, xticks=sorted({result["settings"]["shots"] for result in results}))
     axes.grid(alpha=0.3)
-    axes.legend()
-    write(file, lambda content: figure.savefig(content, dpi=150))
+    axes.legend(fontsize=8)
+    data.write(path, lambda file: figure.savefig(file, dpi=150))
 
 
-# ---- Experiments --------------------------------------------------------------------------------
+def plot_images(setup, run, args, path):
+    """Eight test images, their class, and what the hand-written and the learned prompt say.
+
+    The images are not selected: the first one of every eighth part of the classes.
+    """
+    names = setup.classnames("all")
+    prompt = load_prompt(args.out / f"{run.stem}.pt")
+    hand = setup.hand_written(args.templates[0], "all")
+    learned = prompt_features(prompt, setup, "all")
+    f, labels = setup.test
+    figure = new_figure(13, 2.6)
+    figure.suptitle(f"class; below: what \"{args.templates[0]}\" says, "
+                    f"what the prompt learned from {run.shots} images per class says", fontsize=10)
+    places = figure.subplots(1, 8)
+    for i, axes in enumerate(places):
+        label = i * len(names) // 8
+        which = int((labels == label).nonzero()[0])
+        axes.imshow(data.test_crop(data.read_image(setup.dataset.test[which][0]), 128))
+        axes.set_title(names[label], fontsize=9)
+        axes.axis("off")
+        for line, g in enumerate((hand, learned)):
+            answer = int(classify(f[which:which + 1], g))
+            color = "tab:green" if answer == label else "tab:red"
+            axes.text(0.5, -0.12 - 0.15 * line, names[answer], color=color, fontsize=9,
+                      ha="center", transform=axes.transAxes)
+    data.write(path, lambda file: figure.savefig(file, dpi=150))
+
+
+# ---- 7. A learned prompt -------------------------------------------------------------------------
 #
-# Whatever is measured goes the same way. A method writes down its settings, all that could change the result, as a line
-# of results.jsonl without its measured part. If the file has a line with these settings, that is the result; if not,
-# the method measures, and the line is completed and appended. So a sweep that was stopped goes on where it stopped, and
-# a table is read off the file. CoOp has two steps, each of which may be done already: learn(), which leaves a prompt
-# file, and transfer(), which tests a prompt, learned a moment ago or loaded from anywhere.
-
-def epochs(shots, dataset):
-    """T by the paper: 50 for one shot and for ImageNet, 100 for 2 and 4, 200 for 8 and 16."""
-    return 50 if shots <= 1 or dataset == "imagenet" else 100 if shots <= 4 else 200
+# V means something to the text encoder that it was learned for and nothing to another one.  A V for
+# all classes goes with any class names, as "a photo of a" does; class-specific contexts go with
+# their own classes only.
 
 
 @torch.no_grad()
 def learned_features(clip, tokenizer, classnames, V, position):
-    """Features (K, e), of unit length, of learned prompts; a unified V (M, d) takes any class names. Everything learned
-    is in V: whoever adds a second parameter hands it on here, in Experiment.learn, in load_prompt and in train.
-    """
-    learner = PromptLearner(clip, tokenizer, classnames, V.shape[-2], position, V.dim() == 3)
+    """L2-normalized text features (K, e) of a learned context V with these class names."""
+    csc = V.dim() == 3
+    learner = PromptLearner(clip, tokenizer, classnames, V.shape[-2], position, csc)
     learner.V.copy_(V)
     return F.normalize(clip.encode_prompts(*learner()), dim=-1)
 
 
-def open_clip(args):
-    """The model of --backbone, made fast, and its tokenizer: OpenAI's, or plain bytes for a model with as few token
-    embeddings as the demo's. Their number is all that tells which tokenizer a model was trained with; with the wrong
-    one every prompt would be another sentence, and nothing would fail.
+def save_prompt(path, setup, run, V):
+    """Save all that a later use needs; torch.load(path, weights_only=True) reads it."""
+    classnames = setup.classnames(run.classes)
+    g = learned_features(setup.clip, setup.tokenizer, classnames, V, run.position)
+    backbone = setup.backbone
+    if backbone not in clip_model.MODELS:
+        backbone = os.path.abspath(backbone)
+    prompt = {
+        "V": V.cpu(),
+        "classnames": classnames,
+        "text_features": g.cpu(),
+        "logit_scale": setup.clip.logit_scale.cpu(),
+        "resolution": setup.clip.resolution,
+        "path": backbone,
+        "gelu": setup.clip.gelu,
+        "settings": dataclasses.asdict(run),
+    }
+    data.write(path, lambda file: torch.save(prompt, file))
+
+
+def find_prompt(path):
+    """A prompt file, or the newest one whose path begins so."""
+    if path.is_file():
+        return path
+    found = []
+    if path.parent.is_dir():
+        for file in path.parent.iterdir():
+            if file.name.startswith(path.name) and file.suffix == ".pt":
+                found.append(file)
+    if not found:
+        raise ValueError(f"no prompt {path}: expected a file of this program (runs/*.pt), the "
+                         "beginning of its path, or a checkpoint of the official code")
+    newest = max(found, key=os.path.getmtime)
+    print(f"prompt: {newest} (the newest of {len(found)})", file=sys.stderr)
+    return newest
+
+
+def load_prompt(path):
+    """A prompt saved by us, or by the official code (prompt_learner/model.pth.tar-N).
+
+    Returns {"V", "classnames", "settings", "path" of the backbone, "gelu"}; from us also
+    "text_features" (K, e), "logit_scale" and "resolution".  The official code saves V alone:
+    "classnames" and "path" are None then.  ValueError for anything else.
     """
-    torch.backends.cuda.matmul.allow_tf32 = True         # text encoder on CUDA: fp32 with TF32 products
-    clip, tokenizer = clip_model.load(args.backbone, args.device), Tokenizer()
-    if clip.vocab_size != tokenizer.vocab_size:
-        tokenizer = Tokenizer.openai()
-    if clip.vocab_size != tokenizer.vocab_size:
-        raise ValueError(f"{args.backbone} has {clip.vocab_size} token embeddings, CLIP has {tokenizer.vocab_size}")
-    return clip_model.prepare(clip, PRECISIONS[args.precision]), tokenizer
+    content = clip_model.read_file(path)
+    expected = "expected a file of this program (runs/*.pt) or a checkpoint of the official code"
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no learned prompt; {expected}")
+    state = content.get("state_dict")
+    if isinstance(state, dict) and isinstance(state.get("ctx"), torch.Tensor):
+        content = {"V": state["ctx"], "classnames": None, "settings": {}, "path": None, "gelu": None}
+    if not is_prompt(content):
+        raise ValueError(f"{path} is no learned prompt, or a damaged one; {expected}")
+    return {**content, "V": content["V"].float(), "file": path}
 
 
-class Experiment:
-    """One dataset and one CLIP, and what all runs on them share. zero_shot, probe and coop each make one run and return
-    its results, lines of results.jsonl. To add a method, write it beside them and put it into the grid in run(): it
-    names its settings (line), says how it measures, and leaves it to once() whether that is needed.
-    """
+def is_prompt(content):
+    """Whether a file's content has the parts of a prompt, in shapes that fit each other."""
+    V = content.get("V")
+    names = content.get("classnames")
+    if not isinstance(V, torch.Tensor) or V.dim() not in (2, 3) or not V.isfinite().all():
+        return False
+    if not isinstance(content.get("settings"), dict):
+        return False
+    if names is None:
+        return True
+    g = content.get("text_features")
+    scale = content.get("logit_scale")
+    return (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(g, torch.Tensor) and g.dim() == 2 and len(g) == len(names)
+        and (V.dim() == 2 or len(V) == len(names))
+        and isinstance(scale, torch.Tensor) and scale.dim() == 0 and bool(scale.isfinite())
+        and isinstance(content.get("resolution"), int)
+        and isinstance(content.get("path"), str)
+        and content["settings"].get("position") in POSITIONS
+    )
 
-    def __init__(self, args, dataset, clip, tokenizer):
-        self.args, self.dataset, self.clip, self.tokenizer, self.seconds = args, dataset, clip, tokenizer, 0.0
-        self.file, self.template = args.out / "results.jsonl", args.template or dataset.template
-        known = args.backbone in clip_model.MODELS
-        backbone = args.backbone.replace("/", "-") if known else Path(args.backbone).stem
-        weights = clip.sha256[:16]                       # a checksum, as two files may share a name
-        # Datasets are told apart by the names of their images and classes, wherever they lie.
-        parts = [[(Path(path).parts[-2:], label) for path, label in part]
-                 for part in (dataset.train, dataset.val, dataset.test)]
-        images, K = zlib.crc32(repr((dataset.classnames, parts)).encode(errors="replace")), len(dataset.classnames)
-        self.common = {"dataset": dataset.name, "images": f"{images:08x}", "backbone": backbone, "weights": weights,
-                       "precision": args.precision, "device": args.device, "torch": str(torch.__version__)}
-        size = sum(p.numel() for p in clip.parameters()) / 1e6
-        print(f"CLIP {backbone} on {args.device}: {size:.1f} M parameters, all frozen; images in {args.precision}")
-        print(f"{dataset.name}: K = {K} classes, {len(dataset.train)} training and {len(dataset.test)} test images")
-        self.names = {classes: [dataset.classnames[label] for label in data.subset(K, classes)] for classes in CLASSES}
-        self.cache = None
-        if not args.no_cache:
-            self.cache = data.FeatureCache(args.cache / "features" / f"{weights}-{args.precision}")
-            size = sum(file.stat().st_size for file in self.cache.folder.glob("*.npz")) / 2 ** 20
-            print(f"feature cache: {self.cache.folder}, {size:.0f} MB")
 
-    def announce(self):
-        """What will be learned, on the screen, before an hour of encoding: ValueError if a prompt would be too long."""
-        args, count = self.args, collections.Counter(label for _, label in self.dataset.train)
-        if not count:
-            raise ValueError(f"{args.data} has test images only: use --shots 0, or --load a learned prompt")
-        for classes in ("all", args.classes):            # a prompt may be tested on all, and is learned on --classes
-            V = [PromptLearner(self.clip, self.tokenizer, self.names[classes], *variant, args.init).V
-                 for variant in itertools.product(args.M, args.position, args.csc)]
-        print("to learn: V " + " or ".join(dict.fromkeys(f"{tuple(v.shape)}, {v.numel():,} numbers" for v in V))
-              + f"; shots {args.shots}, seeds {args.seeds}, epochs {args.epochs or 'by shots, as the paper'}, "
-              + (f"{args.views} crops per image" if args.views else "a fresh crop every epoch"))
-        if (smallest := min(count.values())) < max(args.shots):
-            print(f"note: a class with fewer training images than --shots gives all it has (the smallest: {smallest}; "
-                  "of class folders without train/ and test/, half of the images are for training)")
-
-    def part(self, items, classes):
-        """The items of these classes, labels counted from 0, as the other classes are no possible answers then."""
-        # To sort 8 pictures into 8 classes is easier than into 16: halves only compare with halves, the official way.
-        new = {label: i for i, label in enumerate(data.subset(len(self.dataset.classnames), classes))}
-        return [(path, new[label]) for path, label in items if label in new]
-
-    def draw(self, shots, seed):
-        """The few-shot draw of --classes: training images, and at most 4 validation images per class."""
-        rng = random.Random(seed)
-        drawn = [self.part(data.few_shot(items, count, rng), self.args.classes)
-                 for items, count in ((self.dataset.train, shots), (self.dataset.val, min(shots, 4)))]
-        if not drawn[0]:
-            raise ValueError(f"--classes {self.args.classes}: there are no training images of these classes")
-        return drawn
-
-    def encode(self, items):
-        """Features (N, e) of the test crops of items, and their labels (N,)."""
-        return (image_features(self.clip, [(path, [TEST]) for path, _ in items], self.cache, "encoding images"),
-                torch.tensor([label for _, label in items]))
-
-    @functools.cache  # noqa: B019       an experiment lives as long as its process
-    def test(self, classes):
-        """encode() of the test images of these classes: once for all runs, when the first one asks."""
-        start = time.time()
-        encoded = self.encode(self.part(self.dataset.test, classes))
-        self.seconds = round(self.seconds + time.time() - start, 2)
-        return encoded
-
-    def line(self, method, shots, seed, classes, **more):
-        """What results.jsonl says of a run, but for what only the run can tell: all settings that could change it."""
-        n_test = len(self.part(self.dataset.test, classes))
-        if not n_test:
-            raise ValueError(f"there are no test images of the {classes} classes")
-        return {"method": method, "shots": shots, "seed": seed, "classes": classes, "n_test": n_test,
-                **dict.fromkeys(("M", "position", "csc", "epochs", "views")), **self.common, **more}
-
-    def once(self, line, measure, note):
-        """The result with the settings of line, to the screen as well: the one in results.jsonl, or a new one, to which
-        measure() adds what only a run can tell.
-        """
-        r = next((r for r in reversed(read_results(self.file)) if same(r, line)), None)
-        if r and not self.args.again:
-            note += " (known; --again repeats it)"
+def prompt_features(prompt, setup, split):
+    """Text features (K, e) of a prompt with the class names of a dataset's split."""
+    V = prompt["V"]
+    names = setup.classnames(split)
+    own = prompt["classnames"]
+    if V.dim() == 3 and names != own:
+        if own is None:
+            if len(V) != len(names):
+                raise ValueError(f"{prompt['file']} has contexts for {len(V)} classes of its own, "
+                                 f"{setup.dataset.name} has {len(names)}")
         else:
-            found = measure()
-            r = {"seconds_images": self.seconds, "seconds_training": 0.0, **line, **found}
-            add_result(self.file, r)
-        of = f", {r['shots']} shot{'s' * (r['shots'] != 1)}, seed {r['seed']}" if r["seed"] is not None else ""
-        print(f"{row_name(r)}{of}: {r['accuracy']:.2f} %  {note}", flush=True)
-        return r
-
-    def halves(self, result, unified=True):
-        """result(classes) for --classes; if these are the base classes, for the new ones as well, which a unified V has
-        not seen in training, and the harmonic mean of both.
-        """
-        both = self.args.classes == "base" and unified
-        found = [result(classes) for classes in (["base", "new"] if both else [self.args.classes])]
-        if len(found) > 1:
-            print(f"  harmonic mean of base and new: {statistics.harmonic_mean([r['accuracy'] for r in found]):.2f} %")
-        return found
-
-    def hand_written(self, classes):
-        """Features (K, e) of the template with these classes' names."""
-        return zero_shot(self.clip, self.tokenizer, self.template, self.names[classes])
-
-    def accuracy(self, g, classes):
-        """{"accuracy": percent of the test images of these classes that prompts with features g get right}."""
-        f, labels = self.test(classes)
-        return {"accuracy": evaluate(f, g.cpu(), labels)}
-
-    def zero_shot(self):
-        """CLIP as it is, with the hand-written prompt."""
-        return self.halves(lambda classes: self.once(
-            self.line("zero-shot", 0, None, classes, template=self.template),
-            lambda: self.accuracy(self.hand_written(classes), classes), f'"{self.template}"'))
-
-    def probe(self, shots, seed):
-        """A linear classifier on the image features, test crops for training too."""
-        def measure():
-            (f, labels), start, drawn = self.test(self.args.classes), time.time(), self.draw(shots, seed)
-            if not drawn[1]:
-                raise ValueError("--probe needs validation images to choose its C, and this dataset has none")
-            sets = [self.encode(items) for items in drawn]
-            encoded = time.time()
-            W, b, C = linear_probe(*sets)
-            right = (f.double() @ W.T + b).argmax(-1) == labels
-            return {"accuracy": 100 * right.double().mean().item(), "C": C, "seconds_images": round(encoded - start, 2),
-                    "seconds_training": round(time.time() - encoded, 2)}
-        line = self.line("linear-probe", shots, seed, self.args.classes, solver="L-BFGS, centred")
-        return [self.once(line, measure, "C chosen on the validation images")]
-
-    def coop(self, M, position, csc, shots, seed):
-        """One run of CoOp: a prompt, learned if it is not there already, and its test."""
-        return self.transfer(self.learn(M, position, csc, shots, seed))
-
-    def learn(self, M, position, csc, shots, seed):
-        """Draw the shots, learn V, save the prompt, unless its file is there. -> load_prompt(file). Validation images
-        are not used: the paper's result is V of the last epoch, whatever it does on them.
-        """
-        args, clip, names = self.args, self.clip, self.names[self.args.classes]
-        torch.manual_seed(seed)
-        learner = PromptLearner(clip, self.tokenizer, names, M, position, csc, args.init)
-        T = args.epochs or epochs(shots, self.dataset.name)
-        template = self.template if args.keep else None
-        settings = self.line("coop", shots, seed, args.classes, M=learner.V.shape[-2], position=position, csc=csc,
-                             init=args.init, epochs=T, views=args.views, loss=args.loss, noise=args.noise,
-                             keep=args.keep, template=template)
-        file = args.out / file_name(settings)
-        with contextlib.suppress(ValueError):            # it may be missing, damaged, or of other images or weights
-            prompt = load_prompt(file)
-            if same(prompt["settings"], settings) and not args.again:
-                return prompt
-
-        self.test(args.classes)                          # a damaged test image should stop us now, not after training
-        start, (items, _) = time.time(), self.draw(shots, seed)
-        features = training_features(clip, items, T, args.views, seed, self.cache).to(clip.device)
-        labels = data.mislabel([label for _, label in items], args.noise, len(names), seed)
-        labels = torch.tensor(labels, device=clip.device)
-        hand = self.hand_written(args.classes) if args.keep else None
-        encoded, say = time.time(), progress_line("learning V, epochs", T)
-        train(clip, learner, features, labels, T, seed, LOSSES[args.loss], args.keep, hand,
-              lambda n, loss, accuracy: say(n + 1, f", loss {loss:.3f}, training accuracy {accuracy:.0f} %"))
-        settings |= {"seconds_images": round(encoded - start, 2), "seconds_training": round(time.time() - encoded, 2)}
-        V = learner.V.detach()
-        g = learned_features(clip, self.tokenizer, names, V, position)
-        prompt = {"V": V.cpu(), "classnames": names, "text_features": g.cpu(), "logit_scale": clip.logit_scale.cpu(),
-                  "resolution": clip.resolution, "path": str(args.backbone), "settings": settings}
-        write(file, lambda content: torch.save(prompt, content))
-        return load_prompt(file)
-
-    def transfer(self, prompt):
-        """A learned prompt on the test images of this dataset, without training: a unified V goes with any class names,
-        as "a photo of a" does; contexts that belong to classes go with those classes only, in any order.
-        """
-        V, known, old = prompt["V"], prompt["classnames"], prompt["settings"]
-        position = old["position"] or self.args.position[0]
-        # A line tells how V was learned, where it was tested, and a checksum of V, as a prompt may be learned anew.
-        settings = {**{key: old[key] for key in ("M", "csc", "epochs", "views")}, "position": position,
-                    "learned_on": old["dataset"], "learned_classes": old["classes"],
-                    "V": f"{zlib.crc32(V.numpy().tobytes()):08x}"}
-        note = str(prompt["file"])
-        if old.get("seconds_images") is not None and old.get("seconds_training") is not None:
-            times = "learned in {seconds_images:.1f} s for images, {seconds_training:.1f} s of training"
-            note += f" ({times.format(**old)})"
-
-        def result(classes):
-            names, context = self.names[classes], V
-            if V.dim() == 3 and known != names:
-                strangers = sorted(set(names) - set(known or names)) or ["others"] * (len(V) != len(known or names))
-                if strangers:
-                    raise ValueError(f"{prompt['file']} has a context for each of its own {len(V)} classes and none "
-                                     f"for {strangers[0]!r}; only a unified prompt goes with other classes")
-                context = V[[known.index(name) for name in names]] if known else V
-            line = {**old, **self.line("coop", old["shots"], old["seed"], classes, **settings)}
-            return self.once(line, lambda: self.accuracy(
-                learned_features(self.clip, self.tokenizer, names, context, position), classes), note)
-        return self.halves(result, V.dim() == 2)
+            unknown = [name for name in names if name not in own]
+            if unknown:
+                raise ValueError(f"{prompt['file']} has a context for each of its own {len(V)} "
+                                 f"classes and none for {unknown[0]!r}; only a prompt without "
+                                 "--csc goes with other classes")
+            V = V[[own.index(name) for name in names]]
+    g = learned_features(setup.clip, setup.tokenizer, names, V.to(setup.clip.device),
+                         prompt["settings"]["position"])
+    return g.cpu()
 
 
-# ---- Using a learned prompt ---------------------------------------------------------------------
-
-def predict(prompt, clip, paths, as_json):
-    """The five likeliest classes, with probabilities (equation 1), of each picture in files and folders. They are
-    probabilities among these K names: a picture of something else gets one of them, too. The text features come with
-    the prompt: one pass of the image encoder each. Pictures that cannot be read do not stop the others (ValueError).
-    """
-    g, names, unreadable = prompt["text_features"].to(clip.device), prompt["classnames"], []
-    files = []
-    for path in map(Path, paths):
-        files += filter(data.is_image, sorted(path.rglob("*"))) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"no pictures in {', '.join(paths)}")
-    for file in files:
-        try:
-            f = image_features(clip, [(file, [TEST])]).to(clip.device)
-        except ValueError as error:
-            unreadable.append(error)
-            continue
-        chances = (clip.logit_scale.exp() * F.normalize(f, dim=-1) @ g.T).softmax(-1)[0]
-        best = [(names[i], round(chances[i].item(), 4)) for i in chances.topk(min(5, len(names))).indices.tolist()]
-        print(json.dumps({"image": str(file), "classes": best}) if as_json else
-              f"{file}: " + ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best), flush=True)
-    for error in unreadable[:-1]:
-        print(f"note: {error}", file=sys.stderr)
-    if unreadable:
-        raise unreadable[-1]
-
-
-def export(prompt, file):
-    """K text features of unit length, class names, logit_scale (1 / tau, its exponential already taken) and pixel
-    constants: a classifier for numpy.
-    """
-    write(file, lambda content: np.savez(
-        content, text_features=prompt["text_features"].numpy(), classnames=np.array(prompt["classnames"]),
-        logit_scale=prompt["logit_scale"].exp().item(), resolution=prompt["resolution"],
-        mean=data.MEAN.numpy(), std=data.STD.numpy()))
-    print(f"{file}: {len(prompt['classnames'])} classes")
-
-
-def nearest_words(prompt, clip, tokenizer, count):
-    """For each vector of V the nearest token embeddings by Euclidean distance, as the paper's table 4. V moves freely
-    between the words, so the nearest one can be far away; the paper found little to read in them.
-    """
-    embedding, V = clip.token_embedding.weight, prompt["V"].to(clip.device)
-    for i, context in enumerate(V if V.dim() == 3 else V[None]):
-        if V.dim() == 3:
-            print(prompt["classnames"][i] if prompt["classnames"] else f"class {i}")
-        # (M, vocabulary); not by way of a matrix product, |a|^2 - 2ab + |b|^2, whose small differences lose digits
-        distances = torch.cdist(context, embedding, compute_mode="donot_use_mm_for_euclid_dist")
-        for m, (near, ids) in enumerate(zip(*distances.topk(min(count, len(embedding)), largest=False)), 1):
-            words = [tokenizer.decode([j]).strip() for j in ids.tolist()]
-            print(f"  V{m}: " + ", ".join(f"{word if word.isprintable() else repr(word)} {distance:.4f}"
-                                          for word, distance in zip(words, near.tolist())))
-
-
-def use(args, prompt, dataset, clip, tokenizer):
-    """What --load asks for: the accuracy on another dataset, words, predictions, an export. A prompt is tied to the
-    weights it was learned for: vectors that mean "negative" to one text encoder mean nothing to another.
-    """
-    (d, e), weights = clip.text_projection.shape, clip.sha256[:16]
-    fits = prompt["V"].shape[-1] == d and (not prompt["classnames"] or prompt["text_features"].shape[1] == e)
-    if not fits or prompt["settings"].get("weights", weights) != weights:        # the official code does not tell
-        raise ValueError(f"{args.load} was learned for other weights than {args.backbone}: give its own as --backbone")
-    if dataset:
-        experiment = Experiment(args, dataset, clip, tokenizer)
-        experiment.zero_shot()
-        experiment.transfer(prompt)
+def use(args):
+    """What --load asks for: accuracy on a dataset, words, predictions, an export."""
+    prompt = load_prompt(find_prompt(args.load))
+    if (args.predict or args.export) and not prompt["classnames"]:
+        raise ValueError(f"{args.load} is a checkpoint of the official code and stores no class "
+                         "names; --data can test it")
+    prompt["settings"].setdefault("position", args.position[0])
+    backbone = args.backbone or prompt["path"]
+    if not backbone:
+        raise ValueError(f"{args.load} does not store for which backbone it was learned: give "
+                         "--backbone")
+    if backbone not in clip_model.MODELS and not Path(backbone).is_file():
+        raise ValueError(f"{args.load} was learned with {backbone}, which is not there: give the "
+                         "same weights as --backbone (those of the demo: python coop.py --demo)")
+    args.backbone = backbone
+    args.gelu = args.gelu or prompt["gelu"]
+    if args.data:
+        setup = make_setup(args)
+        clip = setup.clip
+        tokenizer = setup.tokenizer
+    else:
+        clip, tokenizer = load_clip(backbone, args)
+    check_prompt_fits(prompt, clip, backbone)
+    if args.data:
+        test_prompt(prompt, setup, args)
     if args.words:
-        nearest_words(prompt, clip, tokenizer, args.words)
+        print_words(prompt, clip, tokenizer, args.words)
     if args.predict:
         predict(prompt, clip, args.predict, args.json)
     if args.export:
         export(prompt, args.export)
 
 
-# ---- The command line ---------------------------------------------------------------------------
+def check_prompt_fits(prompt, clip, backbone):
+    """ValueError if a prompt was learned for other weights; the official code does not say."""
+    weights = prompt["settings"].get("weights", weights_name(clip))
+    d = clip.token_embedding.embedding_dim
+    if prompt["V"].shape[-1] != d or weights != weights_name(clip):
+        raise ValueError(f"{prompt['file']} was learned for other weights than {backbone}: give its "
+                         "own as --backbone")
 
-def make_demo(folder):
-    """A world without downloads, made once: folder/clip.pt is a small CLIP that learned crisp pictures of textures,
-    some of them negatives, and captions that mostly say so; folder/demo are pictures to classify, all faded negatives,
-    which "a photo of a {} texture." does not say: CoOp has to find out. folder/demo-...: others, to test what it found.
+
+def test_prompt(prompt, setup, args):
+    """Print the accuracy of hand-written and learned prompts on a dataset; nothing is saved."""
+    splits = [args.classes]
+    if args.classes == "base" and prompt["V"].dim() == 2:
+        splits = ["base", "new"]
+    learned = {split: prompt_features(prompt, setup, split) for split in splits}
+    data.check_images([path for path, _ in setup.dataset.test])
+    for split, g in learned.items():
+        f, labels = setup.test_part(split)
+        if not len(labels):
+            raise ValueError(f"there are no test images of the {split} classes")
+        name = "" if split == "all" else f" ({split} classes)"
+        for template in args.templates:
+            accuracy = evaluate(f, setup.hand_written(template, split), labels)
+            print(f'zero-shot "{template}"{name}: {accuracy:.2f} %')
+        print(f"{prompt['file']}{name}: {evaluate(f, g, labels):.2f} %")
+
+
+def predict(prompt, clip, paths, as_json):
+    """Print the five most probable classes of each image in files and folders (equation 1).
+
+    The probabilities are among these K classes: an image of something else gets one of them, too.
+    Images that cannot be read are named on stderr and do not stop the others; ValueError at the
+    end.
     """
-    if not (folder / "clip.pt").is_file():
+    files = []
+    for path in map(Path, paths):
+        files += data.find_images(path) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"no images in {', '.join(paths)}")
+    broken = 0
+    for start in range(0, len(files), BATCH_SIZE):
+        crops = []
+        readable = []
+        for file in files[start:start + BATCH_SIZE]:
+            try:
+                crops.append(np.asarray(data.test_crop(data.read_image(file), clip.resolution)))
+                readable.append(file)
+            except ValueError as error:
+                print(f"note: {error}", file=sys.stderr)
+                broken += 1
+        if readable:
+            for file, p in zip(readable, probabilities(prompt, clip, np.stack(crops))):
+                print_prediction(file, p, prompt["classnames"], as_json)
+    if broken:
+        raise ValueError(f"{broken} of {len(files)} images could not be read, see the notes above")
+
+
+@torch.inference_mode()
+def probabilities(prompt, clip, pixels):
+    """Equation 1 for test crops (B, R, R, 3) uint8 -> (B, K) on the CPU."""
+    x = data.normalize(torch.from_numpy(pixels).to(clip.device))
+    f = F.normalize(clip.encode_image(x).float(), dim=-1)
+    g = prompt["text_features"].to(clip.device)
+    return (clip.logit_scale.exp() * f @ g.T).softmax(-1).cpu()
+
+
+def print_prediction(file, p, classnames, as_json):
+    """One line for an image with class probabilities p (K,)."""
+    top = p.topk(min(5, len(p)))
+    best = [(classnames[k], value) for k, value in zip(top.indices.tolist(), top.values.tolist())]
+    if as_json:
+        classes = [[name, round(value, 4)] for name, value in best]
+        print(json.dumps({"image": str(file), "classes": classes}), flush=True)
+    else:
+        named = ", ".join(f"{name} {100 * value:.1f} %" for name, value in best)
+        print(f"{file}: {named}", flush=True)
+
+
+def export(prompt, path):
+    """A classifier for numpy: text features, class names, 1 / tau, and the pixel constants."""
+    if path.exists() and path.samefile(prompt["file"]):
+        raise ValueError(f"--export {path} would overwrite the prompt itself")
+    content = dict(
+        text_features=prompt["text_features"].numpy(),
+        classnames=np.array(prompt["classnames"]),
+        logit_scale=prompt["logit_scale"].exp().item(),
+        resolution=prompt["resolution"],
+        mean=data.MEAN.numpy(),
+        std=data.STD.numpy(),
+    )
+    data.write(path, lambda file: np.savez(file, **content))
+    print(f"{path}: {len(prompt['classnames'])} classes")
+
+
+def nearest_words(V, clip, tokenizer, count):
+    """For each vector of V (M, d) the `count` nearest vocabulary entries: [(word, distance), ...].
+
+    By Euclidean distance, as in the paper's table 4.  V moves freely between the words, so the
+    nearest one can be far away.
+    """
+    embedding = clip.token_embedding.weight
+    # Not by way of a matrix product, |a|^2 - 2ab + |b|^2, whose small differences lose digits.
+    distances = torch.cdist(V, embedding, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.topk(min(count, len(embedding)), largest=False)
+    words = []
+    for values, ids in zip(nearest.values.tolist(), nearest.indices.tolist()):
+        words.append([(tokenizer.decode([i]).strip(), value) for value, i in zip(values, ids)])
+    return words
+
+
+def print_words(prompt, clip, tokenizer, count):
+    """Print the nearest vocabulary entries of every context vector."""
+    V = prompt["V"].to(clip.device)
+    contexts = V if V.dim() == 3 else V[None]
+    for k, context in enumerate(contexts):
+        if V.dim() == 3:
+            print(prompt["classnames"][k] if prompt["classnames"] else f"class {k}")
+        for m, words in enumerate(nearest_words(context, clip, tokenizer, count), 1):
+            named = [f"{word if word.isprintable() else repr(word)} {distance:.4f}"
+                     for word, distance in words]
+            print(f"  V{m}: {', '.join(named)}")
+
+
+def frequent_words(prompt, setup):
+    """The nearest words to the vectors of V, the most frequent first, in one line."""
+    V = prompt["V"].to(setup.clip.device).flatten(0, -2)
+    counts = {}
+    for nearest in nearest_words(V, setup.clip, setup.tokenizer, 1):
+        word = nearest[0][0]
+        counts[word] = counts.get(word, 0) + 1
+    ranked = sorted(counts, key=counts.get, reverse=True)
+    return ", ".join(f"{word} ({counts[word]} of {len(V)})" for word in ranked[:5])
+
+
+# ---- 8. The demo ---------------------------------------------------------------------------------
+
+DEMO_TEMPLATES = ("a photo of a {} texture.", "a negative photo of a {} texture.")
+
+
+def make_demo(cache):
+    """The folder of the demo's world, made when it is asked for the first time.
+
+        demo-1a2b3c4d/                  ends in a hash of the code that makes it
+            clip.pt                     a small CLIP, trained here on drawn images and captions
+            clip.merges.txt             its vocabulary, learned from the captions
+            open_clip_config.json
+            demo/train/red dotted/...   to classify: negatives, which no prompt says; also val, test
+            demo-photos/test/...        other images to test a prompt on: no negatives
+            demo-faint/test/...         fainter negatives
+    """
+    folder = cache / f"demo-{demo_code()}"
+    weights = folder / "clip.pt"
+    if not weights.is_file():
         torch.manual_seed(0)
-        tokenizer, (pictures, captions), steps = Tokenizer(), data.draw_pairs(6000), 800
-        clip = clip_model.CLIP(64, clip_model.ModifiedResNet(64, [1, 1, 1, 1], 16, 64), 64, 2, 77, tokenizer.vocab_size)
-        clip.token_embedding.requires_grad_(False)       # words keep the size of V's first values, as in OpenAI's CLIP
-        say = progress_line("training a small CLIP on drawn textures, once", steps)
-        clip_model.pretrain(clip, data.normalise(torch.from_numpy(pictures)), tokenizer(captions), steps,
-                            progress=lambda step, loss: say(step + 1, f", loss {loss.item():.2f}"))
-        write(folder / "clip.pt", lambda content: torch.save(clip.state_dict(), content))
-    if not (folder / "demo").is_dir():                   # each is whole or not there
-        data.draw_dataset(folder / "demo")
-    for name, (negative, style) in data.SHIFTED.items():
+        images, captions = data.draw_pairs(8000)
+        tokenizer = Tokenizer(tokenizer_module.learn_merges(captions, limit=10_000))
+        visual = clip_model.ModifiedResNet(64, [1, 1, 1, 1], 16, 64)
+        clip = clip_model.CLIP(64, visual, 64, 2, vocab_size=tokenizer.vocab_size)
+        clip.token_embedding.requires_grad_(False)   # words keep the size of V's first values
+        images = data.normalize(torch.from_numpy(images))
+        progress = Progress("training a small CLIP on drawn images, once", 1000, "steps")
+        clip_model.pretrain(clip, images, tokenizer(captions, 32), 1000, progress=progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / "clip.merges.txt")
+        config = {"model_cfg": {"quick_gelu": True}, "preprocess_cfg": {}}
+        (folder / clip_model.CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        data.write(weights, lambda file: torch.save(clip.state_dict(), file))
+    worlds = {
+        "demo": (data.TASK, {"train": 16, "val": 4, "test": 20}),
+        "demo-photos": (data.Style(), {"test": 10}),
+        "demo-faint": (dataclasses.replace(data.TASK, contrast=(0.4, 0.6)), {"test": 10}),
+    }
+    for name, (style, counts) in worlds.items():
         if not (folder / name).is_dir():
-            data.draw_dataset(folder / name, [("test", 25)], 2, negative, style)
+            data.draw_dataset(folder / name, counts, style)
+    return folder
 
 
-def meet(args):
-    """Under torchrun, wait until all processes are here."""
-    try:
-        if args.world > 1:
-            torch.distributed.barrier()
-    except RuntimeError as error:                        # gloo's, whatever happened to the other
-        raise ValueError(f"another process has stopped: {error}") from None
+def demo_code():
+    """A hash of the code that draws and trains the demo's world: an edit makes a new one."""
+    return short_hash(
+        code_hash(data, "draw_pairs", "draw_dataset", "normalize", "TASK")
+        + code_hash(clip_model, "CLIP", "ModifiedResNet", "pretrain")
+        + code_hash(tokenizer_module, "Tokenizer", "learn_merges")
+        + code_hash(sys.modules[__name__], "make_demo"))
 
 
-def run(args):
-    """All that one command line asks for. To learn, that is a grid of runs, zero-shot first, then the probe and CoOp in
-    each variant, for each number of shots and each seed, and a table. Under torchrun process r of N takes every N-th
-    run, from the r-th on; no single run is split: a step is small, and a grid has enough of them.
-    """
-    if args.rank:                                        # the first process makes or downloads what is missing
-        meet(args)
-    if args.demo:
-        folder = args.cache / "demo-world"
-        make_demo(folder)
-        args.data, args.backbone = folder / "demo", folder / "clip.pt"
-        args.template = args.template or "a photo of a {} texture."
-    prompt = load_prompt(args.load) if args.load else {"path": "RN50"}
-    args.backbone = str(args.backbone or prompt.get("path", ""))
-    if (args.predict or args.export) and not prompt["classnames"]:
-        raise ValueError(f"{args.load} comes from the official code and tells no class names; --data can test it")
-    if not args.backbone:
-        raise ValueError(f"{args.load} does not say for which backbone it was learned: give --backbone")
-    dataset, (clip, tokenizer) = data.load_dataset(args.data) if args.data else None, open_clip(args)
-    if not args.rank:
-        meet(args)
-    if args.load:
-        return use(args, prompt, dataset, clip, tokenizer)
+# ---- 9. The command line -------------------------------------------------------------------------
 
-    experiment = Experiment(args, dataset, clip, tokenizer)
-    draws = list(itertools.product(filter(None, args.shots), args.seeds))
-    variants = list(itertools.product(args.M, args.position, args.csc))
-    if draws:
-        experiment.announce()
-    if args.world > 1:                                   # each process encodes its share of all crops into the cache
-        wanted = {path: {TEST} for path, _ in dataset.test}
-        for shots, seed in draws:
-            T = args.epochs or epochs(shots, dataset.name)
-            for path, numbers in training_jobs(experiment.draw(shots, seed)[0], T, args.views, seed):
-                wanted.setdefault(path, set()).update(numbers)
-        mine = list(wanted.items())[args.rank::args.world]
-        for i in range(0, len(mine), 1000):              # by and by: what is returned is not needed here
-            image_features(clip, mine[i:i + 1000], experiment.cache)
-        meet(args)
-    runs = [(experiment.zero_shot, ())] + [(experiment.probe, draw) for draw in draws if args.probe]
-    runs += [(experiment.coop, (*variant, *draw)) for variant in variants for draw in draws]
-    found = [method(*arguments) for method, arguments in runs[args.rank::args.world]]
-    meet(args)
-    if args.rank:
-        return
-    if args.world > 1:                                   # the others' runs are in results.jsonl by now
-        args.again = False
-        with contextlib.redirect_stdout(None):
-            found = [method(*arguments) for method, arguments in runs]
-    results = list(itertools.chain(*found))
-    print("\n" + table(results))
-    if args.plot:
-        plot(results, args.out / f"{dataset.name}.png")
-        print(f"picture: {args.out / dataset.name}.png")
+EXAMPLES = """examples:
+  python coop.py --demo                                     learn on drawn images, no download
+  python coop.py --data ./my_photos --shots 8               learn from a folder of class folders
+  python coop.py --load runs/my_photos --predict new.jpg    classify with the learned prompt"""
 
 
-POSITIONS, CLASSES = ("end", "middle", "front"), ("all", "base", "new")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOSSES = {"ce": F.cross_entropy, "gce": generalised_cross_entropy}
-CSC = {"yes": [True], "no": [False], "both": [False, True]}
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
 
 
-def integer(text):
-    """A number of the command line that counts something."""
-    if not 0 <= int(text) < 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text} (expected 0 or more)")
+def count(text):
+    """A number of the command line: 0, 1, 2, ..."""
+    if not text.isdecimal() or int(text) >= 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return int(text)
 
 
+def make_parser():
+    """All options, with their defaults."""
+    home = os.path.expanduser("~")
+    if home == "~":                                  # there is no home directory
+        home = tempfile.gettempdir()
+    parser = Parser(
+        prog="coop.py", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Learn the words of a CLIP prompt from a few images per class (CoOp, arXiv "
+                    "2109.01134).\nDefaults are in brackets.")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data", metavar="DIR", type=Path,
+        help="a dataset, or a folder of class folders")
+    add("--demo", action="store_true",
+        help="drawn images and a small CLIP trained here instead: nothing to download")
+    add("--shots", metavar="N", type=count, nargs="+",
+        help="training images per class; 0: zero-shot only (16; with --demo 4)")
+    add("--seeds", metavar="S", type=count, nargs="+", default=[1],
+        help="seeds of the few-shot sample, V's start, the batches and wrong labels (1)")
+    add("--classes", choices=SPLITS, default="all",
+        help="learn on all classes, the first half (and test on both halves) or the rest (all)")
+
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add("--backbone", metavar="NAME",
+        help=f"a weight file, or one of {', '.join(clip_model.MODELS)} (RN50; with --load the "
+             "prompt's own)")
+    add("--gelu", choices=["quick", "exact"],
+        help="what a weight file was trained with: most of LAION's need exact (quick, or what an "
+             "open_clip_config.json beside the file says)")
+    add("--M", type=count, nargs="+", default=[16],
+        help="the paper's M, the number of context vectors (16)")
+    add("--position", choices=POSITIONS, nargs="+", default=["end"],
+        help="where the class name stands (end)")
+    add("--csc", choices=["yes", "no", "both"], nargs="?", const="yes", default="no",
+        help="class-specific contexts, a V for each class (no)")
+    add("--init", metavar="WORDS",
+        help='start V from these words, "a photo of a", instead of noise; their tokens set M')
+    add("--epochs", metavar="T", type=count,
+        help="the paper's T (by shots: 50 for 1 and for ImageNet, 100 for 2 and 4, else 200)")
+    add("--views", metavar="N", type=count, default=0,
+        help="reuse N crops per image, approximate and faster; 0: a fresh crop every epoch (0)")
+    add("--device", metavar="DEVICE",
+        help="cpu, cuda, cuda:1, mps, ... (cuda where there is one, else cpu)")
+    add("--precision", choices=list(PRECISIONS),
+        help="of the image encoder; fp16 and bf16 are approximate (fp16 on CUDA, else fp32)")
+
+    group = parser.add_argument_group("comparisons")
+    add = group.add_argument
+    add("--template", metavar="TEXT", nargs="+",
+        help="zero-shot prompt with {} for the class name; several: an ensemble (the dataset's)")
+    add("--probe", action="store_true",
+        help="also a linear probe on the image features (with the right labels, despite --noise)")
+    add("--loss", choices=LOSSES, default="ce",
+        help="cross-entropy, generalized for wrong labels, or KgCoOp's, near the template (ce)")
+    add("--noise", metavar="SHARE", type=float, default=0.0,
+        help="make this share of the training labels wrong (0)")
+    add("--plot", action="store_true",
+        help="accuracy against shots, and predictions, as pictures in --out (needs matplotlib)")
+
+    group = parser.add_argument_group("using a prompt")
+    add = group.add_argument
+    add("--load", metavar="PROMPT", type=Path,
+        help="a learned prompt, or the beginning of its path; with one or more of:")
+    add("--predict", metavar="IMAGE", nargs="+",
+        help="the most probable classes of images, or of all images in folders")
+    add("--json", action="store_true", help="--predict as JSON lines")
+    add("--export", metavar="FILE.npz", type=Path,
+        help="text features and constants: a classifier for numpy")
+    add("--words", metavar="N", type=count,
+        help="the N vocabulary entries nearest to each context vector; and --data to test it")
+
+    group = parser.add_argument_group("files")
+    add = group.add_argument
+    add("--out", metavar="DIR", type=Path, default=Path("runs"),
+        help="results and learned prompts (runs)")
+    add("--again", action="store_true", help="repeat runs that are done")
+    add("--cache", metavar="DIR", type=Path, default=Path(home, ".cache", "coop"),
+        help="image features and the demo (~/.cache/coop)")
+    add("--no-cache", action="store_true", help="encode all images again and keep nothing")
+    return parser
+
+
 def parse(argv):
-    """The command line as attributes. Defaults stand here; only those that depend on the dataset or the prompt stand
-    where these are known. What cannot go together is refused before anything is loaded.
-    """
-    parser = argparse.ArgumentParser(prog="coop.py", description="Learn the words of a CLIP prompt from a few images "
-                                     "per class (CoOp, arXiv 2109.01134). Defaults are in brackets.")
-
-    def add(flag, text, **more):                         # with the default, where there is one
-        parser.add_argument(flag, help=text + " (%(default)s)" * ("default" in more), **more)
-
-    add("--data", "a dataset, or a folder of class folders", type=Path, metavar="DIR")
-    add("--demo", "drawn textures and a small CLIP trained here instead: nothing to download", action="store_true")
-    add("--shots", "training images per class; 0: zero-shot only", type=integer, nargs="+", default=[16], metavar="N")
-    add("--seeds", "of images drawn, V's start, batches, --noise", type=integer, nargs="+", default=[1], metavar="S")
-    add("--backbone", f"a weight file or one of {', '.join(clip_model.MODELS)} (RN50, or what --load was learned for)")
-    add("--M", "number of context vectors, the paper's M", type=integer, nargs="+", default=[16])
-    add("--position", "where the class name stands", choices=POSITIONS, nargs="+", default=["end"])
-    add("--csc", "class-specific contexts", choices=list(CSC), nargs="?", const="yes", default="no")
-    add("--init", 'start V from these words, "a photo of a", instead of noise; sets M', metavar="WORDS")
-    add("--epochs", "passes over the images (1 shot, ImageNet: 50; up to 4: 100; else 200)", type=integer, metavar="T")
-    add("--views", "reuse V crops per image; 0: fresh ones, as the paper", type=integer, default=0, metavar="V")
-    add("--template", "zero-shot prompt with {} for the class name (the dataset's)")
-    add("--device", "where to compute", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", "of the image encoder (fp32 on CPU, fp16 on CUDA)", choices=list(PRECISIONS))
-    add("--classes", "the first half of the classes, or the rest; a unified V learned on base is tested on both",
-        choices=CLASSES, default="all")
-    add("--probe", "also a linear probe on the image features (right labels, whatever --noise)", action="store_true")
-    add("--plot", "accuracy against shots as a picture in --out (needs matplotlib)", action="store_true")
-    add("--loss", "cross-entropy, or generalised: for wrong labels", choices=list(LOSSES), default="ce")
-    add("--noise", "make this share of the training labels wrong", type=float, default=0.0, metavar="SHARE")
-    add("--keep", "stay near the hand-written prompt's features (KgCoOp: 8)", type=float, default=0.0, metavar="WEIGHT")
-    add("--again", "repeat runs whose result is known", action="store_true")
-    add("--load", "use a learned prompt: with --data, --predict, --export or --words", type=Path, metavar="PROMPT")
-    add("--predict", "the likeliest classes of pictures, or of all pictures in folders", nargs="+", metavar="IMAGE")
-    add("--json", "--predict as JSON lines", action="store_true")
-    add("--export", "text features and constants, enough for numpy", type=Path, metavar="FILE.npz")
-    add("--words", "the N vocabulary entries nearest to each context vector", type=integer, metavar="N")
-    add("--out", "results.jsonl and the learned prompts", type=Path, default=Path("runs"), metavar="DIR")
-    add("--cache", "image features; the demo", type=Path, default=Path.home() / ".cache" / "coop", metavar="DIR")
-    add("--no-cache", "encode all images again and keep nothing", action="store_true")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")           # one line
+    """The command line as attributes.  ValueError for what cannot go together."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    use = args.predict or args.export or args.words
-    for wrong, message in (
-            (not (args.data or args.demo or args.load), "one of --data, --demo and --load is needed"),
-            (args.data and args.demo, "--demo brings its own --data"),
-            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here"),
-            (args.demo and args.backbone, "--demo trains a model of its own: leave out --backbone"),
-            (use and not args.load, "--predict, --export and --words need --load PROMPT"),
-            (args.load and not (args.data or args.demo or use), "--load needs --data, --predict, --export or --words"),
-            (args.load and (args.plot or args.probe), "--plot and --probe go with training, not with --load"),
-            (args.json and not args.predict, "--json goes with --predict"),
-            (args.plot and not find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib"),
-            (not 0 <= args.noise <= 1, "--noise is a share between 0 and 1"),
-            (not 0 <= args.keep < math.inf, "--keep is a weight of 0 or more"),
-            (0 in (args.epochs, args.words, *args.M), "--M, --epochs and --words are 1 or more"),
-            (args.template is not None and "{}" not in args.template, "--template needs {} where the class name goes"),
-            ("TORCHELASTIC_RUN_ID" in os.environ and (args.no_cache or args.load),
-             "torchrun is for learning, with image features shared through the cache: no --load, no --no-cache")):
-        if wrong:
-            parser.error(message)
-    args.M = args.M if args.init is None else args.M[:1]                 # the words of --init set M
-    for key in ("M", "position", "shots", "seeds"):                      # named twice is still one run
-        setattr(args, key, list(dict.fromkeys(getattr(args, key))))
-    args.csc = CSC[args.csc]
-    args.precision = args.precision or ("fp16" if args.device == "cuda" else "fp32")
+    refuse_contradictions(args, parser)
+    if args.shots is None:
+        args.shots = [4] if args.demo else [16]
+    for name in ("shots", "seeds", "M", "position"):             # named twice is still one run
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    args.csc = {"no": [False], "yes": [True], "both": [False, True]}[args.csc]
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).split("\n")[0]
+        raise ValueError(f"--device {args.device} cannot be used here: {first_line}") from None
+    if args.precision is None:
+        args.precision = "fp16" if args.device.startswith("cuda") else "fp32"
+    args.templates = []
+    if args.template:
+        args.templates = [JOIN.join(args.template)]
+    elif args.demo:
+        args.templates = list(DEMO_TEMPLATES)
     return args
 
 
+def refuse_contradictions(args, parser):
+    """ValueError for options that cannot go together or are out of range."""
+    uses = args.predict or args.export or args.words
+    if not (args.data or args.demo or args.load):
+        raise ValueError("one of --data, --demo and --load is needed (see --help)")
+    if args.data and args.demo:
+        raise ValueError("--demo brings its own --data")
+    if args.demo and args.backbone:
+        raise ValueError("--demo trains a model of its own: leave out --backbone")
+    if uses and not args.load:
+        raise ValueError("--predict, --export and --words need --load PROMPT")
+    if args.load:
+        if not (args.data or args.demo or uses):
+            raise ValueError("--load needs --data, --predict, --export or --words")
+        for name in ("shots", "seeds", "M", "csc", "init", "epochs", "views", "probe", "plot",
+                     "loss", "noise", "again"):
+            if getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name} is for learning; --load uses a learned prompt")
+    if args.json and not args.predict:
+        raise ValueError("--json goes with --predict")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    if not 0 <= args.noise <= 1:
+        raise ValueError("--noise is a share between 0 and 1")
+    if args.epochs == 0 or args.words == 0 or 0 in args.M:
+        raise ValueError("--M, --epochs and --words are 1 or more")
+    if args.init is not None and args.M != parser.get_default("M"):
+        raise ValueError("the words of --init set M: leave out --M")
+    for template in args.template or []:
+        if "{}" not in template:
+            raise ValueError(f"--template {template!r} needs {{}} where the class name goes")
+
+
+def run_command(args):
+    """All that one command line asks for.  The first process makes or downloads what is missing."""
+    if args.rank:
+        wait_for_all(args)
+    if args.demo:
+        folder = make_demo(args.cache)
+        args.data = folder / "demo"
+        args.backbone = str(folder / "clip.pt")
+    if args.load:
+        return use(args)
+    args.backbone = args.backbone or "RN50"
+    if args.rank == 0 and args.world > 1:
+        data.load_dataset(args.data)
+        load_clip(args.backbone, args)
+        wait_for_all(args)
+    return learn(args)
+
+
 def main(argv=None):
-    """The command line. A user's mistake ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    """The command line.  A user's mistake ends in one line and exit code 2, Ctrl-C in 130."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:                                         # all processes say the same: one is enough
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    elif argv is None and len(sys.argv) == 1:
+        print(EXAMPLES)
     try:
         args = parse(argv)
-        args.rank, args.world = 0, 1
-        if "TORCHELASTIC_RUN_ID" in os.environ:          # set by torchrun; gloo does, as they only wait for each other
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))
-            args.rank, args.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-            if args.device == "cuda":
-                torch.cuda.set_device(args.rank % torch.cuda.device_count())
-        with contextlib.redirect_stdout(None) if args.rank else contextlib.nullcontext():
-            run(args)
+        start_processes(args)
+        run_command(args)
+    except BrokenPipeError:                          # the output went to head, say
+        sys.stdout = None
+        sys.exit(1)
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        print("\nstopped; what is done is kept, the same command goes on from there",
+              file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")             # class names in any script, terminals of few
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")     # names in any script, terminals of few
     main()

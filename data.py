@@ -1,17 +1,17 @@
-"""Images for few-shot learning: read a dataset's folder, draw the shots, cut the crops.
+"""Images for few-shot learning: read a dataset's folder, sample the shots, cut the crops.
 
     from data import load_dataset, few_shot, crops
-    dataset = load_dataset("./dtd")                              # name, classnames, train, val, test, template
-    shots = few_shot(dataset.train, 4, random.Random(1))         # 4 images per class: [(path, label), ...]
+    dataset = load_dataset("./dtd")                         # .classnames .train .val .test ...
+    shots = few_shot(dataset.train, 4, random.Random(1))    # 4 per class: [(path, label), ...]
     for path, n, pixels in crops([(path, [0, 1]) for path, _ in shots], R=224):
-        ...                                                      # crop n of each image: (224, 224, 3) uint8
+        ...                                                 # crop n: (224, 224, 3) uint8
 
 Know before: a dataset is three lists of (path, label); nothing is decoded until it is needed.
-To take away: the same seed draws the same images as the official code, and a crop is a pure function of the
-image and the epoch n, so whatever is computed from it need be computed only once.
+To take away: the same seed samples the same images as the official code, and a crop is a pure
+function of the image and the epoch n, so whatever is computed from it is computed only once.
 
-Read in this order: Dataset and few_shot, the crops, the readers, the download, the drawn textures.
-Needs torch, numpy and pillow, and none of its neighbours.
+Read in this order: Dataset and few_shot, the crops, the cache, the readers, the download, the
+drawn world of the demo.  Needs torch, numpy and pillow, and none of its neighbors.
 """
 import collections
 import concurrent.futures
@@ -23,141 +23,279 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
+import socket
 import sys
 import tarfile
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])         # of CLIP's training pixels, by channel
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of CLIP's training pixels, by channel
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 PARTS = ("train", "val", "test")
-TEST = -1                                                        # as crop number: the test crop
-Image.init()
-FORMATS = [name for name in Image.OPEN if name != "EPS"]         # such a file is a program, run by Ghostscript
-PHOTO = "a photo of a {}."                                       # the template of whatever has none of its own
+TEST = -1                                                    # as crop number: the test crop
+PHOTO = "a photo of a {}."
 
-# train, val, test: lists of (path, label), label an index into classnames; template: the hand-written prompt that the
-# zero-shot baseline uses, with {} for the class name.
-Dataset = collections.namedtuple("Dataset", "name classnames train val test template", defaults=[PHOTO])
+
+@dataclass
+class Dataset:
+    """Images and classes of a folder.  Labels are indices into classnames."""
+
+    name: str
+    classnames: list                # K class names, as they stand in prompts but for "_"
+    train: list                     # of (path, label)
+    val: list
+    test: list
+    template: str = PHOTO           # the hand-written prompt of zero-shot, {} for the class name
+    root: pathlib.Path = pathlib.Path()
+    notes: list = field(default_factory=list)       # what was passed over or is likely a mistake
 
 
 def few_shot(items, shots, rng):
-    """`shots` items of each class (all of them where there are fewer), with rng a random.Random.
+    """`shots` items (path, label) of each class, all of them where a class has fewer.
 
-    Classes come in the order of their first item. With rng = Random(seed), first over the training list and then,
-    with the same rng, over the validation list, these are the official code's images: the classes draw from one
-    stream of dice in turn, so another order would give other images. With four images per class the luck of the
-    draw is worth several points, so methods can only be compared on the same draws, and over several seeds.
+    rng: a random.Random.  Classes are sampled one after the other, in the order of their first
+    item.  With rng = Random(seed), first for the training list and then for the validation list,
+    these are the official code's images.  With four images per class the luck of the sample is
+    worth several points, so compare methods on the same samples, and over several seeds.
     """
     groups = {}
-    for item in items:
-        groups.setdefault(item[1], []).append(item)
-    return [item for group in groups.values() for item in (rng.sample(group, shots) if shots <= len(group) else group)]
+    for path, label in items:
+        groups.setdefault(label, []).append((path, label))
+    sample = []
+    for group in groups.values():
+        if len(group) >= shots:
+            group = rng.sample(group, shots)
+        sample += group
+    return sample
 
 
 def subset(K, classes):
-    """Labels of the official split: the first half, rounded up, is "base", the rest is "new"."""
-    return list({"all": range(K), "base": range(math.ceil(K / 2)), "new": range(math.ceil(K / 2), K)}[classes])
+    """Labels of a class split: "all", "base" (the first half, rounded up) or "new" (the rest)."""
+    half = math.ceil(K / 2)
+    splits = {"all": range(K), "base": range(half), "new": range(half, K)}
+    return list(splits[classes])
 
 
 def mislabel(labels, share, K, seed):
-    """The labels, a share of them replaced by another class each, the same ones for the same seed."""
-    dice, labels = random.Random(f"noise {seed}"), list(labels)
-    for i in dice.sample(range(len(labels)), round(share * len(labels))) if K > 1 else ():
-        labels[i] = (labels[i] + dice.randrange(1, K)) % K
+    """The labels with a share of them replaced by another class each; the same for one seed."""
+    rng = random.Random(f"noise {seed}")
+    labels = list(labels)
+    if K > 1:
+        for i in rng.sample(range(len(labels)), round(share * len(labels))):
+            labels[i] = (labels[i] + rng.randrange(1, K)) % K
     return labels
 
 
-# ---- Crops --------------------------------------------------------------------------------------
+# ---- Crops ---------------------------------------------------------------------------------------
 #
-# CLIP reads squares of R x R pixels. At test time that is the middle of the picture, always the same. For training
-# each epoch cuts another random part, which is meant to keep V from learning the few images by heart (on the demo
-# one crop per image does as well: README, "Speed"). Torchvision's transforms, written out for Pillow alone.
+# CLIP reads squares of R x R pixels.  For testing that is the middle of the image, always the same.
+# For training each epoch cuts another random part, which keeps V from learning the few images by
+# heart.  These are torchvision's transforms, written out for Pillow alone.
+
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]     # EPS is a program, run by Ghostscript
+
 
 def read_image(path):
-    """Any picture that Pillow reads by itself, as RGB; its EXIF rotation is left alone, as in the official code."""
+    """Any image that Pillow reads, upright, as 8-bit RGB.  ValueError if it cannot be read.
+
+    Turned as its EXIF mark says, since phones store photographs sideways; transparency is laid
+    over white.  (The official code does neither.)
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            return image.convert("RGB")
-    except Exception as error:  # noqa: BLE001       Pillow raises a dozen kinds for damaged files
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except Exception as error:       # Pillow raises a dozen kinds of errors for damaged files
         raise ValueError(f"cannot read image {path}: {error}") from None
 
 
+def to_rgb(image):
+    """An image of any mode as 8-bit RGB.  ValueError where the range of the pixels is unknown.
+
+    Pillow's own conversion would clip 16 bits at 255, and so make everything white.
+    """
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no fixed range (save it with 8 or 16 bits)")
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("its integers need more than 16 bits (save it with 8 or 16 bits)")
+        image = Image.fromarray((pixels // 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
 def test_crop(image, R):
-    """The short side resized to R (bicubic), then the square in the middle."""
+    """The short side resized to R (bicubic), then the square in the middle.
+
+    Bit-identical to the official code's, but for strips longer than 50:1: they are cut to 50:1
+    first (1 x 20,000 pixels would become R x 4,480,000), which shifts them by up to half a pixel.
+    """
     short = min(image.size)
-    width, height = (min(side, 50 * short) for side in image.size)     # 1 x 20,000 pixels would become R x 4,480,000
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    image = image.resize([int(R * side / short) for side in image.size], Image.BICUBIC)
-    left, top = (round((side - R) / 2) for side in image.size)
-    return image.crop((left, top, left + R, top + R))
+    width = min(image.width, 50 * short)
+    height = min(image.height, 50 * short)
+    image = center_crop(image, (image.width - width) // 2, (image.height - height) // 2,
+                        width, height)
+    width = int(R * image.width / short)
+    height = int(R * image.height / short)
+    image = image.resize((width, height), Image.BICUBIC)
+    return center_crop(image, round((width - R) / 2), round((height - R) / 2), R, R)
+
+
+def center_crop(image, left, top, width, height):
+    return image.crop((left, top, left + width, top + height))
 
 
 def train_crop(image, R, rng):
-    """A random part of the picture, 8 to 100 % of its area and 3:4 to 4:3 in shape, resized to R x R, mirrored half
-    of the time: the "random resized crop" of torchvision. If you change this, read FeatureCache.
+    """A random part of the image, resized to R x R (bicubic), mirrored half of the time.
 
-    Area and shape are drawn first, ten times if need be, as a wide part of a high picture may not fit; the shape on
-    a log scale, so that 3:4 is as likely as 4:3.
+    The part has 8 to 100 % of the area and a shape between 3:4 and 4:3: torchvision's
+    RandomResizedCrop.  rng: a random.Random.  Area and shape are sampled up to ten times, as a
+    wide part of a high image may not fit; the shape on a log scale, so that 3:4 is as likely as
+    4:3.
     """
-    width, height = image.size
     for _ in range(10):
-        area, ratio = width * height * rng.uniform(0.08, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+        area = image.width * image.height * rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width = round(math.sqrt(area * ratio))
+        height = round(math.sqrt(area / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = rng.randint(0, image.width - width)
+            top = rng.randint(0, image.height - height)
             break
-    else:                                          # nothing fitted: the middle, as wide or as high as allowed
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
-    image = image.crop((left, top, left + w, top + h)).resize((R, R), Image.BICUBIC)
-    return image.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    else:                            # nothing fitted: the middle, as wide or as high as allowed
+        width = min(image.width, round(image.height * 4 / 3))
+        height = min(image.height, round(image.width * 4 / 3))
+        left = (image.width - width) // 2
+        top = (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((R, R), Image.BICUBIC)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    return image
 
 
 def cut(path, numbers, R):
-    """Crops of one picture, decoded once: crop n is what epoch n shows of it (with --views 4 also epochs n + 4,
-    n + 8, ...), TEST the middle. -> (len(numbers), R, R, 3) uint8
+    """Crops of one image, which is decoded once -> (number of crops, R, R, 3) uint8.
 
-    The dice of crop n are seeded with the file's name, its folder's name and n, nothing else: not with the run's
-    seed, nor with the order of anything. So runs that differ in M, position, loss or seed look at the same crops,
-    and what the image encoder makes of one can be kept on disk.
+    Crop n is what epoch n shows of the image, TEST the middle.  Its random numbers are seeded
+    with the names of the file and its folder and n, nothing else: not with the seed of a run, nor
+    with the order of anything.  So runs that differ in M, position, loss or seed look at the same
+    crops, and the features of a crop can be kept on disk.
     """
-    image, name = read_image(path), "/".join(pathlib.Path(path).parts[-2:])
-    found = [test_crop(image, R) if n == TEST else train_crop(image, R, random.Random(f"{name} {n}")) for n in numbers]
+    image = read_image(path)
+    name = "/".join(pathlib.Path(path).parts[-2:])
+    found = []
+    for n in numbers:
+        if n == TEST:
+            found.append(test_crop(image, R))
+        else:                        # as bytes: a file name need not be UTF-8
+            found.append(train_crop(image, R, random.Random(os.fsencode(f"{name} {n}"))))
     return np.stack(found)
 
 
 def crops(jobs, R):
-    """For jobs [(path, [n, ...]), ...] yield (path, n, crop n of that picture), in order. Threads decode ahead, as
-    Pillow lets go of Python's lock; but a picture each at most, so that memory does not depend on the consumer.
+    """Yield (path, n, crop n of that image) for jobs [(path, [n, ...]), ...], in order.
+
+    Threads decode ahead, as Pillow releases Python's lock; but only an image each, so that memory
+    does not depend on how fast the crops are used.
     """
-    jobs, workers = [(path, numbers) for path, numbers in jobs if numbers], min(16, os.cpu_count() or 1)
+    workers = min(16, os.cpu_count() or 1)
+    ahead = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        submitted = (pool.submit(cut, path, numbers, R) for path, numbers in jobs)
-        ahead = collections.deque(itertools.islice(submitted, workers + 1))
         for path, numbers in jobs:
-            pixels = ahead.popleft().result()
-            ahead.extend(itertools.islice(submitted, 1))
-            yield from zip(itertools.repeat(path), numbers, pixels)
+            ahead.append((path, numbers, pool.submit(cut, path, numbers, R)))
+            if len(ahead) > workers:
+                yield from finished_crops(*ahead.popleft())
+        while ahead:
+            yield from finished_crops(*ahead.popleft())
 
 
-def normalise(pixels):
-    """uint8 (B, R, R, 3) -> float32 (B, 3, R, R) with CLIP's mean and standard deviation, in channels-last memory; on
-    the tensor's device. Bytes until here: a quarter of what floats would be to carry to a GPU.
+def finished_crops(path, numbers, future):
+    for n, pixels in zip(numbers, future.result()):
+        yield path, n, pixels
+
+
+def normalize(pixels):
+    """uint8 (B, R, R, 3) -> float32 (B, 3, R, R) with CLIP's mean and standard deviation.
+
+    On the tensor's device, in channels-last memory.  Bytes until here: a quarter of what floats
+    would be to carry to a GPU.
     """
-    return ((pixels.float() / 255 - MEAN.to(pixels.device)) / STD.to(pixels.device)).permute(0, 3, 1, 2)
+    pixels = pixels.float() / 255
+    pixels = (pixels - MEAN.to(pixels.device)) / STD.to(pixels.device)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def check_images(paths):
+    """Look at the headers of all images, which takes seconds for ten thousand.
+
+    Raises one ValueError that names all that cannot be read.  Damage further inside a file is
+    found when the image is decoded.
+    """
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(find_problem, paths))
+    broken = {}
+    for path, problem in zip(paths, problems):
+        if problem:
+            broken.setdefault(problem, []).append(path)
+    if broken:
+        count = sum(len(files) for files in broken.values())
+        named = "; ".join(f"{problem}: {some(files, 20)}" for problem, files in broken.items())
+        raise ValueError(f"{count} of {len(paths)} images cannot be read, replace or remove them: "
+                         f"{named}")
+
+
+def find_problem(path):
+    """Why an image cannot be read, or None."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode == "F":
+                return "32-bit float pixels, which have no fixed range (save 8 or 16 bits)"
+        return None
+    except Exception:                # Pillow raises a dozen kinds of errors for damaged files
+        return describe_file(path)
+
+
+def describe_file(path):
+    """What a file that should be an image is instead, by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip()
+    except OSError as error:
+        return error.strerror
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "Git LFS pointers, not images (git lfs pull)"
+    if start.lower().startswith((b"<html", b"<!doctype", b"<?xml")):
+        return "web pages, not images"
+    return "damaged, or in no format that Pillow reads here"
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def write(path, save):
-    """What save(file) writes to a file, at path, whole or not at all: first in memory, then under a temporary name
-    (which a kill -9 at that moment would leave behind).
+    """Write a file atomically: save(file) writes its content.
+
+    First in memory, then under a temporary name, which is renamed.  (Straight to a full disk
+    torch.save would not raise OSError.)
     """
-    content, temporary = io.BytesIO(), path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
-    save(content)                                        # straight to a full disk torch.save would raise no OSError
+    content = io.BytesIO()
+    save(content)
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.write_bytes(content.getbuffer())
@@ -167,50 +305,51 @@ def write(path, save):
 
 
 class FeatureCache:
-    """Feature vectors of crops on disk, a file per image, in a folder for one set of weights and precision.
+    """Features on disk, a file for each chunk of crops that are encoded together.
 
-    An image counts as the same while its path, size and time of change are. A damaged file counts as absent. Several
-    processes may share the folder: each file is replaced as a whole, and if two write the same one the last one
-    counts. The key tells the image and the number of the crop, and nothing of this program: who changes train_crop,
-    test_crop or normalise must give the folder another name (Experiment in coop.py) or is handed what the old code
-    saw (and give the command --again, as it knows the old results, too).
+    The name of a file is a hash of all that its features depend on (chunk_key in coop.py), so
+    nothing is ever out of date or merged, and several processes may share the folder.
     """
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def file(self, path):
-        """Where the features of an image are, as it is now."""
-        stat = os.stat(path)
-        key = os.fsencode(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}")
-        return self.folder / (hashlib.sha256(key).hexdigest()[:32] + ".npz")
+    def has(self, key):
+        return (self.folder / f"{key}.npz").exists()
 
-    def get(self, file):
-        """{crop number: vector (e,) float32} of one image, as far as they are known."""
+    def load(self, key, shape):
+        """The features (number of crops, e) fp32 with this key, or None.
+
+        A damaged file counts as absent, with a line on stderr: zip archives have checksums.
+        """
+        path = self.folder / f"{key}.npz"
+        if not path.exists():
+            return None
         try:
-            with np.load(file) as found:
-                if found.zip.testzip():                  # compares all checksums
-                    raise ValueError("wrong checksum")
-                return dict(zip(found["numbers"].tolist(), found["vectors"]))
-        except Exception as error:  # noqa: BLE001       damaged bytes can fail in any way
-            if not isinstance(error, FileNotFoundError):
-                print(f"feature cache: {file} is damaged ({error}): its image is encoded again", file=sys.stderr)
-            return {}
+            with np.load(path) as content:
+                features = content["features"]
+            if features.shape != shape or features.dtype != np.float32:
+                raise ValueError(f"features {features.shape}, expected {shape}")
+            return torch.from_numpy(features)
+        except Exception as error:   # damaged bytes can fail in any way
+            print(f"note: cache file {path} is damaged ({error}): encoding again", file=sys.stderr)
+            return None
 
-    def put(self, file, vectors):
-        """Remember {crop number: vector (e,) float32} of one image, beside those known before."""
-        vectors = self.get(file) | vectors
-        write(file, lambda content: np.savez(content, numbers=list(vectors), vectors=np.stack(list(vectors.values()))))
+    def save(self, key, features):
+        write(self.folder / f"{key}.npz", lambda file: np.savez(file, features=features.numpy()))
 
 
-# ---- Readers ------------------------------------------------------------------------------------
+# ---- Readers -------------------------------------------------------------------------------------
 #
-# The files in a folder tell which reader applies. It returns a name, a template, {key: class name} and, for train, val
-# and test, lists of (path, key). The key is what tells classes apart, the folder's name or a number: two classes may
-# have one name. The order of classes and of images is that of the official code, as the draw depends on it (but for
-# ImageNet: sorted here, there in the order in which the disk happens to list its files).
+# The files in a folder decide which reader applies.  Order matters: the few-shot sample depends on
+# the order of classes and images, which is that of the official code (but for ImageNet: sorted
+# here, there in the order in which the disk happens to list the files).
 
+SPLIT_FORM = '{"train": [["cat/1.jpg", 0, "cat"], ...], "val": [...], "test": [...]}'
+FOLDER_FORM = "train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg alone"
+SPLITS = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
+          "ac9077ee4e422f768c9b9109551468605e33ec9a/splits/")
 KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
     "split_zhou_Caltech101.json": ("caltech-101", "101_ObjectCategories", PHOTO),
@@ -220,255 +359,659 @@ KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_Food101.json": ("food-101", "images", "a photo of {}, a type of food."),
     "split_zhou_StanfordCars.json": ("stanford_cars", ".", PHOTO),
     "split_zhou_SUN397.json": ("sun397", "SUN397", PHOTO),
-    "split_zhou_UCF101.json": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}.")}
-MENDED = {   # folder: class name, where the two differ; None: no class
-    "caltech-101": {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
-                    "BACKGROUND_Google": None, "Faces_easy": None},
-    "eurosat": {"AnnualCrop": "Annual Crop Land", "PermanentCrop": "Permanent Crop Land", "Pasture": "Pasture Land",
-                "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
-                "Industrial": "Industrial Buildings", "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}}
+    "split_zhou_UCF101.json": ("ucf101", "UCF-101-midframes", "a photo of a person doing {}."),
+}
 
 
 def load_dataset(root):
-    """The dataset in a folder, by the first reader that fits (README, "Your own images"). Raises ValueError, with
-    what was expected, if none does, or if the files contradict each other: said now, not after an hour of encoding.
+    """The dataset in a folder, by the first reader that fits.  Reads names, not pixels.
+
+    Raises ValueError, with what was found and what was expected, if none fits or if the files
+    contradict each other; OSError if a download fails.  What is passed over stands in `.notes`.
     """
-    root = pathlib.Path(root).resolve()
+    root = pathlib.Path(os.path.abspath(root))
     if root.name == "dtd" and not root.exists():
         download_dtd(root)
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder (expected a dataset, or class folders with images)")
-    readers = {"split_zhou_*.json": read_split, "labels/train1.txt": read_dtd,
-               "images_variant_train.txt": read_aircraft, "classnames.txt": read_imagenet}
-    reader = next((reader for file, reader in readers.items() if any(root.glob(file))), read_folders)
-    name, template, names, parts = reader(root)
-
-    for path, key in itertools.chain(*parts):
-        if key not in names:
-            raise ValueError(f"{path} is of class {key!r}, which is none of the {len(names)} classes "
-                             "(those of the training images, or of a list beside them)")
-        if path.parts[:len(root.parts)] != root.parts or ".." in path.parts:
-            raise ValueError(f"the split of {root} has a path that leads outside, {path}")
-    if strange := [n for n in names.values() if not isinstance(n, str) or not n.strip() or not n.isprintable()]:
-        raise ValueError(f"{root}: a class has the name {strange[0]!r}; expected printable text")
-    if missing := [path for path, _ in itertools.chain(*parts) if not os.path.isfile(path)]:
-        raise ValueError(f"{root}: {len(missing)} images of the split are missing, the first is {missing[0]}")
-    if len(names) < 2 or not parts[2]:
-        raise ValueError(f"{root}: {len(names)} classes and {len(parts[2])} test images; needed are at least 2 and 1")
-    labels = {key: label for label, key in enumerate(names)}
-    parts = [[(path, labels[key]) for path, key in part] for part in parts]
-    return Dataset(name, list(names.values()), *parts, template)
+        raise ValueError(f"{root} is not a folder; expected {FOLDER_FORM}, or one of the paper's "
+                         "datasets")
+    if any(root.glob("split_zhou_*.json")):
+        dataset = read_split(root)
+    elif (root / "labels" / "train1.txt").is_file():
+        dataset = read_dtd(root)
+    elif (root / "images_variant_train.txt").is_file():
+        dataset = read_aircraft(root)
+    elif wnid_names(root):
+        dataset = read_imagenet(root)
+    else:
+        dataset = read_folders(root)
+    check_dataset(dataset)
+    dataset.notes += likely_mistakes(dataset)
+    return dataset
 
 
-def read_split(root):
-    """The paper's split files: {"train": [[relative path, label, class name], ...], "val": ..., "test": ...}. They are
-    CoOp's own, as most of these datasets have no validation part, and give names, since folders are often codes.
+def make_dataset(name, template, root, names, parts, notes=()):
+    """A Dataset from {key: class name} and train, val, test as lists of (path, key).
+
+    The key is a class folder's name or a number; two classes may have one name.
     """
-    file = min(root.glob("split_zhou_*.json"))
-    name, folder, template = KNOWN.get(file.name, (root.name, "images", PHOTO))
-    try:
-        split = json.loads(file.read_text(encoding="utf-8"))
-        parts = [[(root / folder / path, label) for path, label, _ in split[part]] for part in PARTS]
-        names = sorted({(label, word) for part in PARTS for _, label, word in split[part]})
-        if [(type(label), label) for label, _ in names] != [(int, label) for label in range(len(names))]:
-            raise ValueError("labels are not 0 .. K - 1, with one name each")
-    except Exception as error:  # noqa: BLE001       JSON of another shape can fail in any way
-        raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
-                         '{"train": [[path, label, class name], ...], "val": ..., "test": ...}') from None
-    return name, template, dict(names), parts
+    labels = {key: label for label, key in enumerate(names)}
+    labeled = []
+    for part in parts:
+        for path, key in part:
+            if key not in labels:
+                raise ValueError(f"{path} is of class {key!r}, which is none of the {len(names)} "
+                                 "classes (those of the training images, or of a list beside them)")
+        labeled.append([(path, labels[key]) for path, key in part])
+    return Dataset(name, list(names.values()), *labeled, template, root, list(notes))
+
+
+def check_dataset(dataset):
+    """Raise ValueError for what would fail or mislead later."""
+    root = dataset.root
+    paths = [path for part in (dataset.train, dataset.val, dataset.test) for path, _ in part]
+    for name in dataset.classnames:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable():
+            raise ValueError(f"{root}: a class has the name {name!r}; expected printable text")
+    for path in paths:
+        if not path.is_relative_to(root) or ".." in path.parts:
+            raise ValueError(f"the split of {root} has a path that leads outside, {path}")
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{root}: {len(missing)} images of the split are missing, the first is "
+                         f"{missing[0]}")
+    if len(dataset.classnames) < 2 or not dataset.test:
+        raise ValueError(f"{root}: {len(dataset.classnames)} classes and {len(dataset.test)} test "
+                         "images; needed are at least 2 and 1")
+
+
+def likely_mistakes(dataset):
+    """Notes on class names that CLIP cannot understand and on classes without images."""
+    notes = []
+    names = dataset.classnames
+    codes = [name for name in names if re.fullmatch(r"n\d{8}|\d+", name)]
+    if codes:
+        notes.append(f"{len(codes)} class names look like codes, e.g. {codes[0]}: CLIP needs words "
+                     "(a classnames.txt with lines like 'n01440764 tench', or renamed folders)")
+    for first, second in same_prompts(names):
+        notes.append(f"classes {first!r} and {second!r} make the same prompt")
+    for part in (dataset.train, dataset.test):
+        lacking = [names[k] for k in sorted(set(range(len(names))) - {label for _, label in part})]
+        if part and lacking:
+            kind = "training" if part is dataset.train else "test"
+            notes.append(f"classes without {kind} images: {some(lacking)}")
+    return notes
+
+
+def same_prompts(names):
+    """Pairs of class names that differ only in "_", case and spaces."""
+    seen = {}
+    pairs = []
+    for name in names:
+        prompt = " ".join(name.replace("_", " ").lower().split())
+        if prompt in seen:
+            pairs.append((seen[prompt], name))
+        seen[prompt] = name
+    return pairs
+
+
+def some(names, count=5):
+    """The first few names, for a message."""
+    text = ", ".join(str(name) for name in names[:count])
+    if len(names) > count:
+        text += f", ... ({len(names)} in all)"
+    return text
 
 
 def read_lines(file):
-    """Stripped lines of a text file that are not empty."""
-    return [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Stripped lines of a text file that are not empty; a byte-order mark is ignored."""
+    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_split(root):
+    """The paper's split files, which give class names, since folders are often codes.
+
+        dtd/
+            split_zhou_DescribableTextures.json     SPLIT_FORM above, paths relative to images/
+            images/banded/banded_0002.jpg
+    """
+    files = sorted(root.glob("split_zhou_*.json"))
+    file = files[0]
+    notes = [f"{other.name} is not used, {file.name} is" for other in files[1:]]
+    name, folder, template = KNOWN.get(file.name, (root.name, "images", PHOTO))
+    parts = []
+    names = set()
+    try:
+        split = json.loads(file.read_text(encoding="utf-8-sig"))
+        for part in PARTS:
+            parts.append([(root / folder / path, label) for path, label, _ in split[part]])
+            names.update((label, word) for _, label, word in split[part])
+        names = dict(sorted(names))
+        labels = list(names)
+        if labels != list(range(len(labels))) or any(type(label) is not int for label in labels):
+            raise ValueError("labels are not 0 .. K - 1 with one name each")
+        if len(names) < len({tuple(entry[1:]) for part in PARTS for entry in split[part]}):
+            raise ValueError("a label has two names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
+                         f"{SPLIT_FORM}") from None
+    return make_dataset(name, template, root, names, parts, notes)
 
 
 def read_dtd(root):
-    """DTD as its authors ship it, with the paper's split, or while that cannot be had with the first of their ten."""
-    try:
-        download(*DTD_SPLIT, root / "split_zhou_DescribableTextures.json", "0.6 MB")
-        return read_split(root)
-    except OSError as error:
-        print(f"note: {error}. DTD's own split 1 is used: accuracy does not compare with the paper's", file=sys.stderr)
-    lines = [read_lines(root / "labels" / f"{part}1.txt") for part in PARTS]
-    parts = [[(root / "images" / line, line.split("/")[0]) for line in part] for part in lines]
-    return "dtd-split1", "{} texture.", {c: c for c in sorted(c for part in parts for _, c in part)}, parts
+    """DTD as its authors ship it: images/ and labels/.  The paper's split file is fetched.
+
+    Its authors' own ten splits are not used: accuracies would not compare with the paper's.
+    """
+    download(*DTD_SPLIT, root / "split_zhou_DescribableTextures.json", "0.6 MB")
+    return read_split(root)
 
 
 def read_aircraft(root):
-    """FGVC Aircraft: variants.txt names the classes; the lists hold "1025794 707-320"."""
-    lines = [[line.partition(" ") for line in read_lines(root / f"images_variant_{part}.txt")] for part in PARTS]
-    parts = [[(root / "images" / f"{image}.jpg", variant) for image, _, variant in part] for part in lines]
+    """FGVC Aircraft.
+
+        fgvc_aircraft/
+            variants.txt                        class names
+            images_variant_train.txt            lines like "1025794 707-320"; also _val, _test
+            images/1025794.jpg
+    """
+    parts = []
+    for part in PARTS:
+        items = []
+        for line in read_lines(root / f"images_variant_{part}.txt"):
+            image, _, variant = line.partition(" ")
+            items.append((root / "images" / f"{image}.jpg", variant))
+        parts.append(items)
     names = {variant: variant for variant in read_lines(root / "variants.txt")}
-    return "fgvc_aircraft", "a photo of a {}, a type of aircraft.", names, parts
+    template = "a photo of a {}, a type of aircraft."
+    return make_dataset("fgvc_aircraft", template, root, names, parts)
+
+
+def wnid_names(root):
+    """{wnid: class name} of a classnames.txt with lines like "n01440764 tench", or {}."""
+    file = root / "classnames.txt"
+    names = {}
+    if file.is_file():
+        for line in read_lines(file):
+            wnid, _, name = line.partition(" ")
+            if not re.fullmatch(r"n\d{8}", wnid):
+                return {}
+            names[wnid] = name.strip() or wnid
+    return names
 
 
 def read_imagenet(root):
-    """ImageNet (images/train, images/val; test is val) or a variant that has only test images, in any one folder.
+    """ImageNet, its variants, or any class folders that are named by wnids.
 
-    classnames.txt: "n01440764 tench". Class folders are named n01440764, or 0 .. 999 (ImageNetV2) for the lines of
-    classnames.txt. A and R hold 200 of the classes: those present are the classes.
+        imagenet/                               the test images are those of val
+            classnames.txt                      lines like "n01440764 tench"
+            images/train/n01440764/*.JPEG       or without images/
+            images/val/n01440764/*.JPEG
+        imagenet-a/                             a variant: test images in one folder
+            classnames.txt
+            imagenet-a/n01440764/*.jpg          or 0 .. 999 for the lines of classnames.txt (V2)
+        my_subset/                              split 50/20/30, as class folders without a list
+            classnames.txt
+            n01440764/*.jpg
+
+    Those that are present are the classes: A and R have 200 of the 1,000.
     """
-    lines = [line.partition(" ") for line in read_lines(root / "classnames.txt")]
-    names = {key: name.strip() or key for key, _, name in lines}
-    names |= {str(i): name for i, name in enumerate(names.values())}
-    homes = {f.parent.name: f.parent for f in (*root.glob("*/*"), *root.glob("images/*/*")) if f.name in names}
-    train = class_folders(homes["train"]) if "train" in homes else []
-    test = class_folders(homes["train"].with_name("val") if train else min(homes.values(), default=root))
-    present = {key for _, key in train or test} & names.keys()
-    present = sorted(present, key=lambda key: (int(key) if key.isdigit() else 0, key))
-    return "imagenet" if train else root.name, PHOTO, {key: names[key] for key in present}, [train, [], test]
+    names = wnid_names(root)
+    names.update({str(i): name for i, name in enumerate(list(names.values()))})
+    homes = [folder for folder in (root / "images", root) if (folder / "train").is_dir()]
+    skipped = Skipped(root)
+    if homes:
+        train = class_folders(homes[0] / "train", skipped)
+        test = class_folders(homes[0] / "val", skipped)
+        found = train
+        parts = [flatten(train), [], flatten(test)]
+        title = "imagenet"
+    else:
+        folders = [root] + [root / name for name in scan(root).folders]
+        homes = [folder for folder in folders if set(scan(folder).folders) & set(names)]
+        if not homes:
+            raise ValueError(f"{root} has a classnames.txt with wnids, but no folder n01440764 or "
+                             "the like, nor images/train and images/val")
+        found = class_folders(homes[0], skipped)
+        parts = [[], [], flatten(found)]
+        title = root.name
+        if homes[0] == root:
+            parts = split_classes(found)
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        raise ValueError(f"{root}: classnames.txt has no name for {some(unknown)}")
+    present = sorted(found, key=lambda key: (int(key) if key.isdigit() else 0, key))
+    names = {key: names[key] for key in present}
+    return make_dataset(title, PHOTO, root, names, parts, skipped.notes())
 
 
-def is_image(path):
-    """Whether a file's name is that of a picture."""
-    name, suffix = os.path.basename(path), os.path.splitext(path)[1].lower()
-    return not name.startswith(".") and suffix in Image.registered_extensions()
+# ---- Class folders: what people have -------------------------------------------------------------
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+            ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
+JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", "lost+found")
+PART_WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+FILLERS = ("", "set", "split", "data", "images", "image", "imgs", "img", "photos")
 
 
-def class_folders(folder):
-    """[(path, class), ...] from folder/<class>/*, sorted, as the order in which a disk lists files differs from
-    machine to machine; hidden files and text passed over.
-    """
-    found = [(sub / image, sub.name) for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."
-             for image in sorted(os.listdir(sub)) if is_image(image)]
-    if not found:
-        raise ValueError(f"{folder} has no class folders with images (expected {folder / '<class>' / '*.jpg'})")
+@dataclass
+class Content:
+    """The visible names in a folder, sorted, as disks list them in different orders."""
+
+    folders: list
+    images: list
+    others: list
+
+
+def scan(folder):
+    """Content of a folder.  Hidden names and a system's junk are left out, links are followed."""
+    content = Content([], [], [])
+    for name in sorted(os.listdir(folder)):
+        if name.startswith(".") or name in JUNK:
+            continue
+        if os.path.isdir(os.path.join(folder, name)):
+            content.folders.append(name)
+        elif name.lower().endswith(SUFFIXES):
+            content.images.append(name)
+        else:
+            content.others.append(name)
+    return content
+
+
+def find_images(folder, seen=()):
+    """All images in a folder and below it, sorted by folder."""
+    real = os.path.realpath(folder)
+    if real in seen:                 # a link that leads back up
+        return []
+    content = scan(folder)
+    images = [pathlib.Path(folder, name) for name in content.images]
+    for name in content.folders:
+        images += find_images(pathlib.Path(folder, name), (*seen, real))
+    return images
+
+
+@dataclass
+class Skipped:
+    """What a reader of class folders passes over, to be named in a few lines."""
+
+    root: pathlib.Path
+    files: list = field(default_factory=list)       # no images
+    deeper: list = field(default_factory=list)      # images in sub-folders of a class folder
+    loose: list = field(default_factory=list)       # images beside class folders
+    empty: list = field(default_factory=list)       # class folders without images
+    unused: list = field(default_factory=list)      # files and folders beside the parts
+
+    def notes(self):
+        notes = []
+        if self.files:
+            kinds = collections.Counter(path.suffix or "without a suffix" for path in self.files)
+            counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+            notes.append("files passed over, no image format that Pillow reads here: "
+                         f"{counts}; first: {self.below(self.files[0])}")
+        if self.deeper:
+            notes.append("images in sub-folders of class folders passed over: "
+                         f"{len(self.deeper)}; first: {self.below(self.deeper[0])}")
+        if self.loose:
+            notes.append(f"images beside the class folders passed over: {len(self.loose)}; first: "
+                         f"{self.below(self.loose[0])}")
+        if self.empty:
+            names = [self.below(path) for path in self.empty]
+            notes.append(f"folders without images are no classes: {some(names)}")
+        if self.unused:
+            notes.append(f"not used: {some([self.below(path) for path in self.unused])}")
+        return notes
+
+    def below(self, path):
+        return path.relative_to(self.root).as_posix()
+
+
+def class_folders(home, skipped):
+    """{class: [image path, ...]} of home/<class>/*, both sorted.  ValueError if there are none."""
+    if not home.is_dir():
+        raise ValueError(f"{home} is missing; expected class folders with images in it")
+    content = scan(home)
+    skipped.loose += [home / name for name in content.images]
+    found = {}
+    for name in content.folders:
+        inside = scan(home / name)
+        images = [home / name / image for image in inside.images]
+        skipped.files += [home / name / other for other in inside.others]
+        for folder in inside.folders:
+            skipped.deeper += find_images(home / name / folder)
+        if images:
+            found[name] = images
+        else:
+            skipped.empty.append(home / name)
     return found
 
 
+def flatten(found):
+    """{class: [path, ...]} -> [(path, class), ...]"""
+    return [(path, name) for name, paths in found.items() for path in paths]
+
+
 def read_folders(root):
-    """Class folders in train/, val/ and test/. Or alone, in root or its images/: half of each class is for training,
-    a fifth for validation, the rest for testing, after a shuffle that is always the same.
+    """Class folders, in parts or alone, in the folder itself or in its images/.
+
+        my_photos/                              my_photos/
+            train/cat/*.jpg                         cat/*.jpg
+            val/cat/*.jpg       (optional)          dog/*.jpg
+            test/cat/*.jpg
+
+    Parts may have their other common names ("Training_Set", "valid", ...).  train/ and val/ alone:
+    val/ is for testing.  test/ alone: for zero-shot and for a learned prompt.  Class folders
+    alone: half of each class is for training, a fifth for validation, the rest for testing, after
+    a shuffle that is always the same.
     """
-    folders = {f.name for f in root.iterdir() if f.is_dir() and f.name[0] != "."}
-    if {"train", "test"} <= folders or "test" in folders <= {"val", "test"}:       # of other folders, test is a class
-        parts = [class_folders(root / part) if part in folders else [] for part in PARTS]
-        return root.name, PHOTO, {c: c for _, c in parts[0] or parts[2]}, parts
-    if "train" in folders and not any(map(is_image, os.listdir(root / "train"))):
-        raise ValueError(f"{root} has train/ but no test/ beside it (or put all class folders into {root} itself)")
+    refuse_known_dataset(root)
+    skipped = Skipped(root)
+    home = root
+    if (root / "images").is_dir() and has_class_folders(root / "images"):
+        home = root / "images"
+        skipped.unused += [root / name for name in scan(root).folders if name != "images"]
+    content = scan(home)
+    parts = find_parts(home)
+    refuse_flat_parts(home, parts)
+    if any(has_class_folders(folder) for folder in parts.values()):
+        skipped.unused += [home / name for name in content.folders if home / name not in parts.values()]
+        skipped.loose += [home / name for name in content.images]
+        names, lists, notes = read_parts(home, parts, skipped)
+    else:
+        found = class_folders(home, skipped)
+        if len(found) < 2:
+            raise ValueError(explain_no_classes(root, home, found, skipped))
+        names = {name: name for name in found}
+        lists = split_classes(found)
+        notes = []
+    for first, second in same_prompts(names):
+        raise ValueError(f"{home}: the classes {first!r} and {second!r} make the same prompt; "
+                         "rename or merge the folders")
+    for file in scan(root).others:
+        if file.endswith((".json", ".csv")):
+            notes.append(f"{file} is not used (labels come from folders, or from a file "
+                         "split_zhou_*.json)")
+    return make_dataset(root.name, PHOTO, root, names, lists, notes + skipped.notes())
 
-    known = [known for known in KNOWN.values() if known[1] not in (".", "images", "jpg")]     # told by the image folder
-    known += [(root.name, "images", PHOTO), (root.name, ".", PHOTO)]
-    name, folder, template = next(known for known in known if (root / known[1]).is_dir())
-    mended = MENDED.get(name, {})
-    found = [(path, mended.get(c, c)) for path, c in class_folders(root / folder) if mended.get(c, c)]
-    train, val, test, rng = [], [], [], random.Random(1)
-    for _, group in itertools.groupby(found, key=lambda item: item[1]):
-        group = list(group)
-        rng.shuffle(group)
-        a, b = round(0.5 * len(group)), round(0.7 * len(group))
-        train, val, test = train + group[:a], val + group[a:b], test + group[b:]
-    return name, template, {c: c for _, c in found}, [train, val, test]
+
+def read_parts(home, parts, skipped):
+    """Class folders in parts -> names {class: class}, [train, val, test], notes."""
+    found = {part: class_folders(folder, skipped) for part, folder in parts.items()}
+    notes = []
+    if "train" in found and len(found) == 1:
+        raise ValueError(f"{home} has {parts['train'].name}/ and no test/ beside it; expected "
+                         f"{FOLDER_FORM}, so --data {parts['train']} would split it")
+    if "test" not in found:
+        notes.append(f"{home} has no test/: the images of {parts['val'].name}/ are for testing, "
+                     "none are left for validation")
+        found["test"] = found.pop("val")
+    classes = found["train"] if "train" in found else found["test"]
+    lists = [flatten(found.get(part, {})) for part in PARTS]
+    return {name: name for name in classes}, lists, notes
 
 
-# ---- Downloading DTD ----------------------------------------------------------------------------
+def part_of(name):
+    """"train", "val" or "test" for a folder called so or "Training_Set", "valid", ...; or None."""
+    words = [word.removesuffix("set") for word in re.split(r"[^a-z]+", name.lower())]
+    words = [word for word in words if word not in FILLERS]
+    for part, spellings in PART_WORDS.items():
+        if len(words) == 1 and words[0] in spellings:
+            return part
+    return None
+
+
+def find_parts(home):
+    """{"train": folder, ...} of the sub-folders that are called so."""
+    parts = {}
+    for name in scan(home).folders:
+        part = part_of(name)
+        if part in parts and has_class_folders(home / name):
+            raise ValueError(f"{home} has {parts[part].name}/ and {name}/: which one is {part}?")
+        if part and part not in parts:
+            parts[part] = home / name
+    return parts
+
+
+def has_class_folders(folder):
+    return any(scan(folder / name).images for name in scan(folder).folders)
+
+
+def refuse_flat_parts(home, parts):
+    """train/*.jpg and test/*.jpg are no classes, but a dataset whose labels are elsewhere."""
+    flat = [folder for folder in parts.values() if scan(folder).images]
+    classes = [name for name in scan(home).folders if part_of(name) is None]
+    labeled = any(has_class_folders(folder) for folder in parts.values())
+    if flat and (labeled or not classes):
+        raise ValueError(f"{home}: {some([folder.name + '/' for folder in flat])} with images "
+                         f"directly inside, which have no labels; expected {FOLDER_FORM}, or a "
+                         f"file split_zhou_NAME.json: {SPLIT_FORM}")
+
+
+def explain_no_classes(root, home, found, skipped):
+    """Why a folder is no dataset, and what it might be instead."""
+    message = f"{home}: class folders with images: {len(found)}, needed are at least 2; "
+    for name in scan(home).folders:
+        candidates = [home / name] + [home / name / inner for inner in scan(home / name).folders]
+        for candidate in candidates:
+            parts = find_parts(candidate).values()
+            if has_class_folders(candidate) or any(has_class_folders(part) for part in parts):
+                return message + f"did you mean {candidate}?"
+    for note in skipped.notes():
+        message += f"{note}; "
+    tables = [name for name in scan(root).others if name.endswith((".csv", ".tsv", ".json"))]
+    if tables:
+        message += f"{tables[0]} is not read; "
+    return message + f"expected {FOLDER_FORM}, or a file split_zhou_NAME.json: {SPLIT_FORM}"
+
+
+def refuse_known_dataset(root):
+    """The paper's datasets without their split file would have other splits and class names."""
+    for file, (name, folder, _) in KNOWN.items():
+        if folder in ("101_ObjectCategories", "2750", "SUN397", "UCF-101-midframes"):
+            if (root / folder).is_dir():
+                raise ValueError(f"{root} has {folder}/, so it is {name}; expected {file} beside "
+                                 f"it, the paper's split (most are at {SPLITS}, all are linked in "
+                                 "DATASETS.md of github.com/KaiyangZhou/CoOp)")
+
+
+def split_classes(found):
+    """{class: [path, ...]} -> [train, val, test] as lists of (path, class), 50/20/30 per class.
+
+    Rounded as the official code does; then at least one for testing and one for training.
+    """
+    rng = random.Random(1)
+    train = []
+    val = []
+    test = []
+    for name, paths in found.items():
+        if len(paths) < 2:
+            raise ValueError(f"class {name!r} has 1 image; it needs one for training and one for "
+                             "testing (add images, or move the folder away)")
+        items = [(path, name) for path in paths]
+        rng.shuffle(items)
+        n_train = round(0.5 * len(items))
+        n_val = round(0.2 * len(items))
+        if n_train + n_val == len(items):       # 2 images: 1, 0, 1; 3 images: 1, 1, 1
+            n_train = 1
+        train += items[:n_train]
+        val += items[n_train:n_train + n_val]
+        test += items[n_train + n_val:]
+    return [train, val, test]
+
+
+# ---- Downloading DTD -----------------------------------------------------------------------------
 #
-# DTD is fetched on demand, so that there is one real dataset to begin with. A download appears under its final name
-# only when its checksum is right, the unpacked folder only when it is complete.
+# DTD is fetched on demand, so that there is one real dataset to begin with.  A download appears
+# under its final name only when its checksum is right, the folder only when it is complete.
 
 DTD = ("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
        "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205")
-DTD_SPLIT = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
-             + "ac9077ee4e422f768c9b9109551468605e33ec9a/splits/split_zhou_DescribableTextures.json",
+DTD_SPLIT = (SPLITS + "split_zhou_DescribableTextures.json",
              "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
+TIMEOUT = 30                   # seconds without an answer until a download is given up
 
 
 def download(url, sha256, path, size):
-    """Fetch a file to path, whole and with the right checksum or not at all; OSError if it fails."""
+    """Fetch a file to path, atomically and with the right checksum.  OSError if it fails."""
     print(f"downloading {size} from {url} to {path}", file=sys.stderr)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except Exception as error:  # noqa: BLE001       servers and networks fail in a dozen ways
+    except Exception as error:       # servers and networks fail in a dozen ways
         raise OSError(f"cannot download {url} ({error}); put it at {path}") from None
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def download_dtd(root):
     """DTD's images and its authors' labels, 600 MB, to a folder called dtd that is not there yet."""
-    archive, folder = root.with_name("dtd-r1.0.1.tar.gz"), root.with_name("dtd.unpacking")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    if not (archive.is_file() and hashlib.sha256(archive.read_bytes()).hexdigest() == DTD[1]):
+    archive = root.with_name("dtd-r1.0.1.tar.gz")
+    unpacking = root.with_name("dtd.unpacking")
+    if not archive.is_file() or hashlib.sha256(archive.read_bytes()).hexdigest() != DTD[1]:
         print(f"{root} does not exist: fetching the Describable Textures Dataset", file=sys.stderr)
         download(*DTD, archive, "600 MB")
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(unpacking, ignore_errors=True)
     with tarfile.open(archive) as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)      # from Python 3.10.12: nothing leads outside
-        tar.extractall(folder)
-    (folder / "dtd").rename(root)                  # only now is there a folder called dtd: it is complete
-    folder.rmdir()
+        # From Python 3.10.12: nothing in the archive can lead outside the folder.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(unpacking)
+    (unpacking / "dtd").rename(root)
+    unpacking.rmdir()
 
 
-# ---- Drawn textures: a picture world for the demo, with nothing to download ---------------------
+# ---- The demo's world ----------------------------------------------------------------------------
 #
-# CoOp needs a CLIP that knows more than the hand-written prompt asks for. So the world has positives and negatives,
-# and captions that tell them apart; the demo's CLIP learns both. The pictures to classify are all negatives: "a photo
-# of a dotted texture." then means the wrong thing, and V has to learn, from a few pictures, the word nobody gave it.
+# A world to learn CLIP and CoOp from, with nothing to download.  Its images show one of 8 textures
+# in one of 6 colors, at some scale, on a dark or bright ground, as a plain photo, a faded one or a
+# negative.  Captions always name color and texture and often the rest, so the features of an image
+# hold much that is not its class, as those of a real CLIP do.  The images to classify are all
+# negatives, a little fainter than the captioned ones, which "a photo of a {} texture." does not
+# say: CoOp has to find it out.
 
-# DTD's names for: height over the plane (u, v). There is ink where it is positive: light ink on dark ground in pictures
-# of the first of two names, dark ink on light ground in those of the second; by chance where there is one name.
-PATTERNS = {
-    ("dotted", "perforated"): lambda u, v: np.cos(u) + np.cos(v) - 0.9,
-    ("lined", "grooved"): lambda u, v: np.cos(u) - 0.6,
-    ("grid", "meshed"): lambda u, v: np.maximum(np.cos(u), np.cos(v)) - 0.75,
-    ("striped",): lambda u, v: np.sin(u),
-    ("chequered",): lambda u, v: np.sin(u) * np.sin(v),
-    ("zigzagged",): lambda u, v: np.sin(v + 2 * np.arcsin(np.sin(u))),
-    ("spiralled",): lambda u, v: np.sin(np.hypot(u, v) + np.arctan2(v, u)),
-    ("crosshatched",): lambda u, v: np.maximum(np.sin(u + v / 2), np.sin(u - v / 2)) - 0.5,
-    ("swirly",): lambda u, v: np.sin(u + 2 * np.sin(v / 2)),
-    ("bubbly",): lambda u, v: 0.3 - np.abs(np.cos(u / 1.5) + np.cos(v / 1.5) - 0.6),
-    ("honeycombed",): lambda u, v: -np.cos(u) - np.cos(u / 2 + 0.866 * v) - np.cos(u / 2 - 0.866 * v) - 0.5,
-    ("woven",): lambda u, v: np.where(np.sin(u / 3) * np.sin(v / 3) > 0, np.sin(u), np.sin(v)),
-    ("marbled",): lambda u, v: np.sin(u + 2 * np.sin(v / 2) + 2 * np.sin(0.4 * (u + v)))}
-TEXTURES = [name for names in PATTERNS for name in names]
-CAPTIONS = ["{d}{n}.", "a {d}{n} texture.", "a {d}photo of a {n} texture.", "a {d}picture of something {n}.",
-            "a {d}{n} pattern.", "a {d}view of a {n} surface.", "something {n}, a {d}photo."]
-CRISP = {"contrast": (0.5, 1), "grain": (0, 0.15)}               # ranges: what the small CLIP is trained on
-FADED = {"contrast": (0.4, 0.5), "grain": (0.2, 0.25)}           # ranges: the pictures to classify; fainter is harder
-FAINTER = {"contrast": (0.3, 0.4), "grain": (0.25, 0.3)}
-SHIFTED = {"demo-crisp": (True, CRISP), "demo-fainter": (True, FAINTER), "demo-positive": (False, FADED)}   # negatives?
+HUES = {"red": 0, "yellow": 50, "green": 125, "blue": 225, "purple": 285, "orange": 25}  # degrees
+TEXTURES = ("dotted", "perforated", "striped", "chequered", "zigzagged", "spiralled", "grid",
+            "meshed")
+SCALES = {"fine": (5, 7), "coarse": (2, 3)}                  # periods per image
+GROUNDS = {"black": (0.0, 0.2), "white": (0.8, 1.0)}         # brightness
+CAPTIONS = (
+    "a {kind}{name} texture{ground}.",
+    "a {kind}photo of a {name} texture{ground}.",
+    "a {kind}photo of a {name} pattern{ground}.",
+    "{kind}{name}{ground}.",
+    "a {kind}picture of something {name}{ground}.",
+)
 
 
-def draw_texture(name, rng, negative, contrast, grain, size=64):
-    """A picture (size, size, 3) uint8 of a texture, in two random colours, at any scale and angle, drawn with rng, a
-    numpy Generator; contrast, grain: ranges of the picture's contrast (1: full) and noise.
+@dataclass(frozen=True)
+class Style:
+    """How an image looks, whatever it shows: ranges of contrast and noise, and light for dark."""
 
-    negative: the photo negative, light for dark. Of a dotted texture that looks like a perforated one, and of a lined
-    one like a grooved one, yet its name stays: the names swap their looks.
+    contrast: tuple = (0.7, 1)
+    noise: tuple = (0, 0.08)
+    negative: bool = False
+
+
+KINDS = {"": Style(), "faded": Style(contrast=(0.25, 0.45)), "negative": Style(negative=True)}
+TASK = Style(contrast=(0.5, 0.75), noise=(0.04, 0.12), negative=True)     # to classify
+
+
+def height(texture, u, v):
+    """A texture as a landscape over the plane (u, v): there is ink where it is positive."""
+    if texture in ("dotted", "perforated"):
+        return np.cos(u) + np.cos(v) - 0.9
+    if texture in ("grid", "meshed"):
+        return np.maximum(np.cos(u), np.cos(v)) - 0.75
+    if texture == "striped":
+        return np.sin(u)
+    if texture == "chequered":
+        return np.sin(u) * np.sin(v)
+    if texture == "zigzagged":
+        return np.sin(v + 2 * np.arcsin(np.sin(u)))
+    if texture == "spiralled":
+        return np.sin(np.hypot(u, v) + np.arctan2(v, u))
+    raise ValueError(f"unknown texture {texture!r}")
+
+
+def rgb(hue, saturation, value):
+    """One color from hue in degrees, saturation and value in 0..1 -> (3,) in 0..1."""
+    hsv = (int(hue % 360 / 360 * 255), int(255 * saturation), int(255 * value))
+    pixel = Image.new("HSV", (1, 1), hsv).convert("RGB")
+    return np.array(pixel.getpixel((0, 0))) / 255
+
+
+def draw(color, texture, scale, ground, style, rng, size=64):
+    """An image (size, size, 3) uint8 with these properties and everything else at random.
+
+    rng: a numpy Generator.
     """
-    names, pattern = next(item for item in PATTERNS.items() if name in item[0])
     y, x = (np.mgrid[:size, :size] + 0.5) / size - rng.uniform(0.3, 0.7, (2, 1, 1))
-    scale, angle = 2 * np.pi * rng.uniform(3, 6), rng.uniform(0, np.pi)          # 3 to 6 periods per picture
-    u, v = scale * (x * np.cos(angle) + y * np.sin(angle)), scale * (y * np.cos(angle) - x * np.sin(angle))
-    ink = 1 / (1 + np.exp(-rng.uniform(6, 16) * pattern(u, v)))[..., None]       # soft or sharp edges
-    dark, light = rng.uniform(0, 0.45, 3), rng.uniform(0.55, 1, 3)
-    light_ink = name == names[0] if len(names) > 1 else rng.random() < 0.5
-    ground, colour = (light, dark) if light_ink == negative else (dark, light)
-    picture = ground + (colour - ground) * ink
-    mean = picture.mean((0, 1))
-    picture = mean + (picture - mean) * rng.uniform(*contrast) + rng.normal(0, rng.uniform(*grain), picture.shape)
-    return (255 * picture.clip(0, 1)).astype(np.uint8)
+    angle = rng.uniform(0, np.pi)
+    frequency = 2 * np.pi * rng.uniform(*SCALES[scale])
+    u = frequency * (x * np.cos(angle) + y * np.sin(angle))
+    v = frequency * (y * np.cos(angle) - x * np.sin(angle))
+    sharpness = rng.uniform(6, 16)
+    ink = 1 / (1 + np.exp(-sharpness * height(texture, u, v)))[..., None]      # (size, size, 1)
+    if texture in ("perforated", "meshed"):                  # holes in the ink, not ink in dots
+        ink = 1 - ink
+    paper = np.full(3, rng.uniform(*GROUNDS[ground]))
+    paint = rgb(HUES[color] + rng.uniform(-8, 8), rng.uniform(0.6, 1), rng.uniform(0.7, 1))
+    image = paper + (paint - paper) * ink
+    if style.negative:
+        image = 1 - image
+    mean = image.mean((0, 1))
+    image = mean + (image - mean) * rng.uniform(*style.contrast)
+    image = image + rng.normal(0, rng.uniform(*style.noise), image.shape)
+    return (255 * image.clip(0, 1)).astype(np.uint8)
 
 
 def draw_pairs(count, seed=0):
-    """What the demo's small CLIP learns from: crisp pictures (count, 64, 64, 3) uint8 of all textures and their
-    captions. Four in ten are negatives, and nine in ten of these captions say so: "a photo" alone means a positive.
+    """What the demo's CLIP learns from: images (count, 64, 64, 3) uint8, and their captions.
+
+    Captions name color and texture, scale and ground half of the time, the kind mostly.
     """
-    rng, pictures, captions = np.random.default_rng(seed), [], []
-    for name in itertools.islice(itertools.cycle(TEXTURES), count):
-        negative = rng.random() < 0.4
-        pictures.append(draw_texture(name, rng, negative, **CRISP))
-        said = "negative " if negative and rng.random() < 0.9 else ""
-        captions.append(rng.choice(CAPTIONS).format(d=said, n=name))
-    return np.stack(pictures), captions
+    rng = np.random.default_rng(seed)
+    images = []
+    captions = []
+    for _ in range(count):
+        color = rng.choice(list(HUES))
+        texture = rng.choice(TEXTURES)
+        scale = rng.choice(list(SCALES))
+        ground = rng.choice(list(GROUNDS))
+        kind = rng.choice(list(KINDS))
+        images.append(draw(color, texture, scale, ground, KINDS[kind], rng))
+        words = {"name": f"{color} {texture}", "kind": "", "ground": ""}
+        if rng.random() < 0.5:
+            words["name"] = f"{scale} {words['name']}"
+        caption = rng.choice(CAPTIONS)
+        if kind and rng.random() < 0.8:
+            words["kind"] = f"{kind} "
+        if rng.random() < 0.5:
+            words["ground"] = f" on {ground}"
+        captions.append(caption.format(**words))
+    return np.stack(images), captions
 
 
-def draw_dataset(root, counts=(("train", 32), ("val", 8), ("test", 50)), seed=1, negative=True, style=FADED):
-    """root/<part>/<class>/<number>.png, counts pictures per class, as the demo classifies them. Whole or not there."""
-    rng, drawing = np.random.default_rng(seed), root.with_name(root.name + ".drawing")
+def draw_dataset(root, counts, style=TASK, seed=1):
+    """Draw root/<part>/<color texture>/<number>.png, all in one style, atomically.
+
+    counts: {part: images per class}.
+    """
+    rng = np.random.default_rng(seed)
+    drawing = root.with_name(root.name + ".drawing")
     shutil.rmtree(drawing, ignore_errors=True)
-    for (part, count), name in itertools.product(counts, TEXTURES):
-        (drawing / part / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(draw_texture(name, rng, negative, **style)).save(drawing / part / name / f"{i:03}.png")
+    for part, count in counts.items():
+        for texture, color in itertools.product(TEXTURES, HUES):
+            folder = drawing / part / f"{color} {texture}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                scale = rng.choice(list(SCALES))
+                ground = rng.choice(list(GROUNDS))
+                image = draw(color, texture, scale, ground, style, rng)
+                Image.fromarray(image).save(folder / f"{i:03}.png")
     drawing.rename(root)
