@@ -56,12 +56,12 @@ def pretrain(clip, images, ids, steps, batch_size=64, lr=2e-3, progress=None):
     """Train a CLIP from scratch on N pairs: images (N, 3, R, R), ids (N, L).
 
     AdamW with warm-up and a cosine schedule, as in the CLIP paper's section 2.5, without its
-    scale.  progress(done, note), if given, is called after every step.
+    scale.  progress(note), if given, is called after every step.
     """
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     clip.train()
-    for step in range(steps):
+    for _ in range(steps):
         pairs = torch.randint(len(images), (batch_size,))
         f = clip.encode_image(images[pairs])
         g = clip.encode_text(ids[pairs])
@@ -72,7 +72,7 @@ def pretrain(clip, images, ids, steps, batch_size=64, lr=2e-3, progress=None):
         schedule.step()
         clip.logit_scale.data.clamp_(max=math.log(100))     # as in the paper
         if progress:
-            progress(step + 1, f"loss {loss.item():.2f}")
+            progress(f"loss {loss.item():.2f}")
     return clip.eval()
 
 
@@ -229,7 +229,7 @@ class CLIP(nn.Module):
             clip.load_state_dict(weights, assign=True)      # strict: every name and shape fits
         except (KeyError, RuntimeError, IndexError, ValueError) as error:
             why = " ".join(str(error).split())[:300]
-            raise ValueError(f"not the weights of a CLIP that OpenAI's code defines: {why}") from None
+            raise ValueError(f"not the weights of one of OpenAI's architectures: {why}") from None
         if gelu == "exact":
             for module in clip.modules():
                 if isinstance(module, Block):
@@ -687,8 +687,8 @@ def read_weights(path):
                          "OpenAI's: take open_clip_model.safetensors, e.g. from "
                          "timm/vit_base_patch32_clip_224.openai, or --backbone ViT-B/32")
     if not prefixes:
-        raise ValueError(f"{path} has {len(tensors)} tensors and none called {known}: only an image "
-                         "tower, or no CLIP at all (of open_clip's two files take "
+        raise ValueError(f"{path} has {len(tensors)} tensors and none called {known}: only an "
+                         "image tower, or no CLIP at all (of open_clip's two files take "
                          "open_clip_model.safetensors, not model.safetensors)")
     prefix = prefixes[0]
     return {name.removeprefix(prefix): value for name, value in tensors.items()

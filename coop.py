@@ -199,7 +199,7 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
         for batch in schedule[epoch]:
             f = F.normalize(features[batch, epoch % features.shape[1]], dim=-1)     # (B, e)
             g = F.normalize(clip.encode_prompts(*learner()), dim=-1)                # (K, e)
-            # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum over j of exp(cos(g_j, f) / tau)
+            # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum_j exp(cos(g_j, f) / tau).
             # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is e^5 against 1.
             logits = clip.logit_scale.exp() * f @ g.T                               # (B, K)
             value = loss(logits, labels[batch], g)
@@ -224,13 +224,13 @@ def zero_shot(clip, tokenizer, template, classnames):
     template: one, or a list of them (an ensemble: the mean of their L2-normalized features).
     """
     templates = [template] if isinstance(template, str) else template
-    total = 0
-    for template in templates:
-        texts = [template.replace("{}", name.replace("_", " ")) for name in classnames]
+    features = []
+    for words in templates:
+        texts = [words.replace("{}", name.replace("_", " ")) for name in classnames]
         ids = tokenizer(texts, clip.context_length).to(clip.device)
-        g = torch.cat([clip.encode_text(some) for some in ids.split(256)])
-        total = total + F.normalize(g, dim=-1)
-    return F.normalize(total, dim=-1)
+        g = torch.cat([clip.encode_text(part) for part in ids.split(256)])
+        features.append(F.normalize(g, dim=-1))
+    return F.normalize(torch.stack(features).mean(0), dim=-1)
 
 
 def classify(image_features, text_features):
@@ -239,7 +239,7 @@ def classify(image_features, text_features):
     The temperature says how sure a prediction is, not which class is ahead.
     """
     f = F.normalize(image_features, dim=-1)
-    g = F.normalize(text_features, dim=-1)
+    g = F.normalize(text_features.to(f), dim=-1)
     return (f @ g.T).argmax(-1)
 
 
@@ -293,7 +293,8 @@ class Progress:
         rate = self.done / max(now - self.start, 1e-9)
         left = datetime.timedelta(seconds=round(max(0, self.total - self.done) / rate))
         share = min(1, self.done / self.total)
-        line = f"{100 * share:3.0f} % of {self.total:,} {self.unit}, {rate:.1f} per second, {left} left"
+        line = (f"{100 * share:3.0f} % of {self.total:,} {self.unit}, {rate:.1f} per second, "
+                f"{left} left")
         if note:
             line += f", {note}"
         if self.terminal:
@@ -453,8 +454,9 @@ def code_hash(module, *names):
     """
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            del node.body[0]
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node):
+                del node.body[0]
     nodes = tree.body
     if names:
         nodes = used_definitions(tree, names)
@@ -478,7 +480,9 @@ def used_definitions(tree, names):
         name = waiting.pop()
         if name in definitions and name not in used:
             used[name] = definitions[name]
-            waiting += [part.id for part in ast.walk(definitions[name]) if isinstance(part, ast.Name)]
+            for part in ast.walk(definitions[name]):
+                if isinstance(part, ast.Name):
+                    waiting.append(part.id)
     return [used[name] for name in sorted(used)]
 
 
@@ -740,7 +744,7 @@ class Setup:
     def hand_written(self, template, split):
         """Text features (K, e) of a template, or of several that are joined by JOIN."""
         names = self.classnames(split)
-        return zero_shot(self.clip, self.tokenizer, template.split(JOIN), names).cpu()
+        return zero_shot(self.clip, self.tokenizer, template.split(JOIN), names)
 
     @functools.cached_property
     def images_hash(self):
@@ -753,22 +757,20 @@ class Setup:
 
 
 def run_once(setup, run, out, again=False):
-    """The result of a run: read from its file if it is done, else measured and saved.
-
-    The test images come first: a damaged one should stop us now, not after an hour of training.
-    """
+    """The result of a run: read from its file if it is done, else measured and saved."""
     path = out / f"{run.stem}.json"
-    if path.exists() and not again:
+    if not again and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     start = time.time()
-    setup.test
+    setup.test_part(run.classes)       # a damaged test image should stop us now, not after training
     encoded = time.time()
     result = {"settings": dataclasses.asdict(run)}
     result.update(METHODS[run.method](setup, run, out))
     result["seconds_images"] = round(encoded - start + result["seconds_images"], 2)
     result["device"] = str(setup.clip.device)
     result["torch"] = torch.__version__
-    data.write(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+    with data.atomic_write(path) as file:
+        file.write(json.dumps(result, indent=1).encode())
     return result
 
 
@@ -816,7 +818,7 @@ def run_coop(setup, run, out):
     for split in test_splits(run):
         f, _ = setup.test_part(split)
         g = learned_features(clip, setup.tokenizer, setup.classnames(split), V, run.position)
-        predicted[split] = classify(f, g.cpu())
+        predicted[split] = classify(f, g)
     return measured(setup, predicted, items, encoded - start, seconds)
 
 
@@ -828,7 +830,7 @@ def make_loss(setup, run):
     if run.loss == "gce":
         return generalized_cross_entropy
     if run.loss == "kgcoop":
-        return kgcoop(setup.hand_written(run.template, run.classes).to(setup.clip.device))
+        return kgcoop(setup.hand_written(run.template, run.classes))
     return cross_entropy
 
 
@@ -917,12 +919,14 @@ def make_runs(args, setup):
 MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])
 
 
-def learn(args):
+def run_grid(args):
     """All runs of a command line, their table, and how to use what was learned."""
     setup = make_setup(args)
     runs = make_runs(args, setup)
-    check_runs(args, setup, runs)
+    check_runs(setup, runs)
     announce(args, setup, runs)
+    if args.rank == 0:
+        wait_for_all(args)             # the others wait at the start, see main
     share_encoding(args, setup, runs)
     for run in runs[args.rank::args.world]:
         done = (args.out / f"{run.stem}.json").exists() and not args.again
@@ -951,7 +955,7 @@ def make_setup(args):
     parameters = sum(p.numel() for p in clip.parameters()) / 1e6
     print(f"CLIP {args.backbone} on {args.device}: {parameters:.1f} M parameters, all frozen; "
           f"images in {args.precision}")
-    print(f"{dataset.name}: K = {K} classes ({data.some(dataset.classnames, 3)}), "
+    print(f"{dataset.name}: K = {K} classes ({', '.join(dataset.classnames[:3])}, ...), "
           f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} "
           "test images")
     for note in dataset.notes:
@@ -994,7 +998,7 @@ def load_clip(backbone, args):
     return clip_model.prepare(clip, PRECISIONS[args.precision]), tokenizer
 
 
-def check_runs(args, setup, runs):
+def check_runs(setup, runs):
     """Raise ValueError for what would fail later, after an hour of encoding."""
     dataset = setup.dataset
     images = {path for path, _ in dataset.test}
@@ -1017,8 +1021,8 @@ def check_runs(args, setup, runs):
                                  f"{dataset.root} has none")
     for run in {(run.M, run.position, run.csc): run for run in runs if run.M}.values():
         for split in {run.classes, *test_splits(run)}:
-            names = setup.classnames(split)
-            PromptLearner(setup.clip, setup.tokenizer, names, run.M, run.position, run.csc, run.init)
+            PromptLearner(setup.clip, setup.tokenizer, setup.classnames(split), run.M,
+                          run.position, run.csc, run.init)
     data.check_images(sorted(images, key=str))
 
 
@@ -1190,7 +1194,8 @@ def plot_accuracy(results, title, path):
              title=title, xticks=sorted({result["settings"]["shots"] for result in results}))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    data.write(path, lambda file: figure.savefig(file, dpi=150))
+    with data.atomic_write(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def plot_images(setup, run, args, path):
@@ -1218,7 +1223,8 @@ def plot_images(setup, run, args, path):
             color = "tab:green" if answer == label else "tab:red"
             axes.text(0.5, -0.12 - 0.15 * line, names[answer], color=color, fontsize=9,
                       ha="center", transform=axes.transAxes)
-    data.write(path, lambda file: figure.savefig(file, dpi=150))
+    with data.atomic_write(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 # ---- 7. A learned prompt -------------------------------------------------------------------------
@@ -1254,7 +1260,8 @@ def save_prompt(path, setup, run, V):
         "gelu": setup.clip.gelu,
         "settings": dataclasses.asdict(run),
     }
-    data.write(path, lambda file: torch.save(prompt, file))
+    with data.atomic_write(path) as file:
+        torch.save(prompt, file)
 
 
 def find_prompt(path):
@@ -1287,10 +1294,10 @@ def load_prompt(path):
         raise ValueError(f"{path} is no learned prompt; {expected}")
     state = content.get("state_dict")
     if isinstance(state, dict) and isinstance(state.get("ctx"), torch.Tensor):
-        content = {"V": state["ctx"], "classnames": None, "settings": {}, "path": None, "gelu": None}
+        content = {"V": state["ctx"], "classnames": None, "settings": {}}
     if not is_prompt(content):
         raise ValueError(f"{path} is no learned prompt, or a damaged one; {expected}")
-    return {**content, "V": content["V"].float(), "file": path}
+    return {"path": None, "gelu": None, **content, "V": content["V"].float(), "file": path}
 
 
 def is_prompt(content):
@@ -1334,9 +1341,7 @@ def prompt_features(prompt, setup, split):
                                  f"classes and none for {unknown[0]!r}; only a prompt without "
                                  "--csc goes with other classes")
             V = V[[own.index(name) for name in names]]
-    g = learned_features(setup.clip, setup.tokenizer, names, V.to(setup.clip.device),
-                         prompt["settings"]["position"])
-    return g.cpu()
+    return learned_features(setup.clip, setup.tokenizer, names, V, prompt["settings"]["position"])
 
 
 def use(args):
@@ -1377,8 +1382,8 @@ def check_prompt_fits(prompt, clip, backbone):
     weights = prompt["settings"].get("weights", weights_name(clip))
     d = clip.token_embedding.embedding_dim
     if prompt["V"].shape[-1] != d or weights != weights_name(clip):
-        raise ValueError(f"{prompt['file']} was learned for other weights than {backbone}: give its "
-                         "own as --backbone")
+        raise ValueError(f"{prompt['file']} was learned for other weights than {backbone}: give "
+                         "its own as --backbone")
 
 
 def test_prompt(prompt, setup, args):
@@ -1462,7 +1467,8 @@ def export(prompt, path):
         mean=data.MEAN.numpy(),
         std=data.STD.numpy(),
     )
-    data.write(path, lambda file: np.savez(file, **content))
+    with data.atomic_write(path) as file:
+        np.savez(file, **content)
     print(f"{path}: {len(prompt['classnames'])} classes")
 
 
@@ -1538,7 +1544,8 @@ def make_demo(cache):
         tokenizer.save(folder / "clip.merges.txt")
         config = {"model_cfg": {"quick_gelu": True}, "preprocess_cfg": {}}
         (folder / clip_model.CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        data.write(weights, lambda file: torch.save(clip.state_dict(), file))
+        with data.atomic_write(weights) as file:
+            torch.save(clip.state_dict(), file)
     worlds = {
         "demo": (data.TASK, {"train": 16, "val": 4, "test": 20}),
         "demo-photos": (data.Style(), {"test": 10}),
@@ -1643,14 +1650,14 @@ def make_parser():
     group = parser.add_argument_group("using a prompt")
     add = group.add_argument
     add("--load", metavar="PROMPT", type=Path,
-        help="a learned prompt, or the beginning of its path; with one or more of:")
+        help="a learned prompt, or the beginning of its path, for --data (test it there) or:")
     add("--predict", metavar="IMAGE", nargs="+",
         help="the most probable classes of images, or of all images in folders")
     add("--json", action="store_true", help="--predict as JSON lines")
     add("--export", metavar="FILE.npz", type=Path,
         help="text features and constants: a classifier for numpy")
     add("--words", metavar="N", type=count,
-        help="the N vocabulary entries nearest to each context vector; and --data to test it")
+        help="the N vocabulary entries nearest to each context vector")
 
     group = parser.add_argument_group("files")
     add = group.add_argument
@@ -1724,9 +1731,7 @@ def refuse_contradictions(args, parser):
 
 
 def run_command(args):
-    """All that one command line asks for.  The first process makes or downloads what is missing."""
-    if args.rank:
-        wait_for_all(args)
+    """All that one command line asks for."""
     if args.demo:
         folder = make_demo(args.cache)
         args.data = folder / "demo"
@@ -1734,29 +1739,34 @@ def run_command(args):
     if args.load:
         return use(args)
     args.backbone = args.backbone or "RN50"
-    if args.rank == 0 and args.world > 1:
-        data.load_dataset(args.data)
-        load_clip(args.backbone, args)
-        wait_for_all(args)
-    return learn(args)
+    return run_grid(args)
 
 
 def main(argv=None):
-    """The command line.  A user's mistake ends in one line and exit code 2, Ctrl-C in 130."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank:                                         # all processes say the same: one is enough
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    """The command line.  A user's mistake ends in one line and exit code 2, Ctrl-C in 130.
+
+    Of several processes only the first one speaks.  The others wait until it has made, downloaded
+    and checked all that is needed; what fails later is their own and is said, too.
+    """
+    errors = sys.stderr
+    if int(os.environ.get("RANK", 0)):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stderr = sys.stdout
     elif argv is None and len(sys.argv) == 1:
         print(EXAMPLES)
+    shown = sys.stderr
     try:
         args = parse(argv)
         start_processes(args)
+        if args.rank:
+            wait_for_all(args)
+            shown = errors
         run_command(args)
     except BrokenPipeError:                          # the output went to head, say
         sys.stdout = None
         sys.exit(1)
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + " ".join(str(error).split()), file=shown)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; what is done is kept, the same command goes on from there",

@@ -15,6 +15,7 @@ drawn world of the demo.  Needs torch, numpy and pillow, and none of its neighbo
 """
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import io
 import itertools
@@ -286,14 +287,15 @@ def describe_file(path):
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def write(path, save):
-    """Write a file atomically: save(file) writes its content.
+@contextlib.contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as file`: a binary file that appears complete or not at all.
 
-    First in memory, then under a temporary name, which is renamed.  (Straight to a full disk
-    torch.save would not raise OSError.)
+    Written in memory first, then under a temporary name, which is renamed.  (Straight to a full
+    disk torch.save would not raise OSError.)
     """
     content = io.BytesIO()
-    save(content)
+    yield content
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,7 +339,8 @@ class FeatureCache:
             return None
 
     def save(self, key, features):
-        write(self.folder / f"{key}.npz", lambda file: np.savez(file, features=features.numpy()))
+        with atomic_write(self.folder / f"{key}.npz") as file:
+            np.savez(file, features=features.numpy())
 
 
 # ---- Readers -------------------------------------------------------------------------------------
