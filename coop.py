@@ -395,18 +395,12 @@ def feature_chunks(clip, jobs, cache, what):
 def encode_crops(clip, jobs, progress):
     """Features (number of crops, e) fp32 of the crops of jobs, by the image encoder.
 
-    Threads decode ahead while the encoder works.  Batch sizes are measured: on a CPU a ResNet is
-    fastest when the layers of a batch fit the caches, a ViT with more; a GPU wants to be filled.
+    Threads decode ahead while the encoder works.
     """
-    size = 32
-    if clip.device.type == "cuda":
-        size = 256
-    elif isinstance(clip.visual, clip_model.ModifiedResNet):
-        size = 8
     crops = data.crops(jobs, clip.resolution)
     features = []
     while True:
-        batch = list(itertools.islice(crops, size))
+        batch = list(itertools.islice(crops, batch_size(clip)))
         if not batch:
             return torch.cat(features)
         pixels = np.stack([pixels for _, _, pixels in batch])
@@ -417,6 +411,17 @@ def encode_crops(clip, jobs, progress):
                              "damaged weights, or an overflow in this --precision")
         features.append(f)
         progress(count=len(batch))
+
+
+def batch_size(clip):
+    """Of the image encoder, as measured: on a CPU a ResNet is fastest when the layers of a batch
+    fit the caches, a ViT with more; a GPU wants to be filled.
+    """
+    if clip.device.type == "cuda":
+        return 256
+    if isinstance(clip.visual, clip_model.ModifiedResNet):
+        return 8
+    return 32
 
 
 def chunk_key(clip, jobs):
@@ -955,7 +960,8 @@ def make_setup(args):
     parameters = sum(p.numel() for p in clip.parameters()) / 1e6
     print(f"CLIP {args.backbone} on {args.device}: {parameters:.1f} M parameters, all frozen; "
           f"images in {args.precision}")
-    print(f"{dataset.name}: K = {K} classes ({', '.join(dataset.classnames[:3])}, ...), "
+    names = ", ".join(dataset.classnames[:3]) + (", ..." if K > 3 else "")
+    print(f"{dataset.name}: K = {K} classes ({names}), "
           f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} "
           "test images")
     for note in dataset.notes:
@@ -1001,7 +1007,7 @@ def load_clip(backbone, args):
 def check_runs(setup, runs):
     """Raise ValueError for what would fail later, after an hour of encoding."""
     dataset = setup.dataset
-    images = {path for path, _ in dataset.test}
+    needed = {path for path, _ in dataset.test}
     for split in test_splits(runs[0]):
         wanted = setup.labels(split)
         if not any(label in wanted for _, label in dataset.test):
@@ -1013,9 +1019,9 @@ def check_runs(setup, runs):
         if not train_items:
             raise ValueError(f"{dataset.root} has no training images of the {run.classes} classes: "
                              "use --shots 0, or --load a learned prompt")
-        images.update(path for path, _ in train_items)
+        needed.update(path for path, _ in train_items)
         if run.method == "linear-probe":
-            images.update(path for path, _ in val_items)
+            needed.update(path for path, _ in val_items)
             if not val_items:
                 raise ValueError("--probe needs validation images to choose its C, and "
                                  f"{dataset.root} has none")
@@ -1023,7 +1029,7 @@ def check_runs(setup, runs):
         for split in {run.classes, *test_splits(run)}:
             PromptLearner(setup.clip, setup.tokenizer, setup.classnames(split), run.M,
                           run.position, run.csc, run.init)
-    data.check_images(sorted(images, key=str))
+    data.check_images(sorted(needed), dataset)
 
 
 def announce(args, setup, runs):
@@ -1392,7 +1398,7 @@ def test_prompt(prompt, setup, args):
     if args.classes == "base" and prompt["V"].dim() == 2:
         splits = ["base", "new"]
     learned = {split: prompt_features(prompt, setup, split) for split in splits}
-    data.check_images([path for path, _ in setup.dataset.test])
+    data.check_images([path for path, _ in setup.dataset.test], setup.dataset)
     for split, g in learned.items():
         f, labels = setup.test_part(split)
         if not len(labels):

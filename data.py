@@ -238,23 +238,32 @@ def normalize(pixels):
     return pixels.permute(0, 3, 1, 2)
 
 
-def check_images(paths):
-    """Look at the headers of all images, which takes seconds for ten thousand.
+def check_images(paths, dataset):
+    """Look at the headers of images of a dataset, which takes seconds for ten thousand.
 
-    Raises one ValueError that names all that cannot be read.  Damage further inside a file is
-    found when the image is decoded.
+    Raises one ValueError if one cannot be read; it then names all such images of the dataset, so
+    that they can be replaced at once.  Damage further inside a file is found on decoding.
     """
+    broken = find_broken(paths)
+    if broken:
+        parts = itertools.chain(dataset.train, dataset.val, dataset.test)
+        paths = sorted({path for path, _ in parts})
+        broken = find_broken(paths)
+        count = sum(len(files) for files in broken.values())
+        named = "; ".join(f"{problem}: {some(files, 20)}" for problem, files in broken.items())
+        raise ValueError(f"{count} of {len(paths)} images cannot be read, replace or remove them: "
+                         f"{named}")
+
+
+def find_broken(paths):
+    """{problem: [path, ...]} of the images that cannot be read."""
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         problems = list(pool.map(find_problem, paths))
     broken = {}
     for path, problem in zip(paths, problems):
         if problem:
             broken.setdefault(problem, []).append(path)
-    if broken:
-        count = sum(len(files) for files in broken.values())
-        named = "; ".join(f"{problem}: {some(files, 20)}" for problem, files in broken.items())
-        raise ValueError(f"{count} of {len(paths)} images cannot be read, replace or remove them: "
-                         f"{named}")
+    return broken
 
 
 def find_problem(path):
