@@ -126,9 +126,10 @@ class PromptLearner(nn.Module):
         self.register_buffer("ids", torch.tensor(packed, device=embedding.device))
         self.register_buffer("embedding", embedding, persistent=False)     # CLIP's own, no copy
 
-        V = 0.02 * torch.randn((K, M, d) if csc else (M, d))
+        shape = (K, M, d) if csc else (M, d)
+        V = 0.02 * torch.randn(shape)
         if init is not None:
-            V = embedding[torch.tensor(words, device=embedding.device)].expand(V.shape).clone()
+            V = embedding[torch.tensor(words, device=embedding.device)].expand(shape).clone()
         self.V = nn.Parameter(V.to(embedding))       # fp32: in fp16 small steps would be lost
 
     def forward(self):
@@ -356,11 +357,14 @@ def training_jobs(items, T, views=0, seed=1):
 def chunks(jobs):
     """Cut jobs into lists of about CHUNK crops."""
     chunk = []
-    for job in jobs:
-        chunk.append(job)
-        if count_crops(chunk) >= CHUNK:
+    count = 0
+    for path, numbers in jobs:
+        chunk.append((path, numbers))
+        count += len(numbers)
+        if count >= CHUNK:
             yield chunk
             chunk = []
+            count = 0
     if chunk:
         yield chunk
 
@@ -889,7 +893,7 @@ def make_runs(args, setup):
         precision=args.precision,
         weights=weights_name(setup.clip),
         images=setup.images_hash,
-        code="".join(code_hash(module) for module in MODULES),
+        code=short_hash("".join(code_hash(module) for module in MODULES)),
     )
     runs = []
     for template in args.templates:
