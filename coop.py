@@ -35,6 +35,7 @@ import math
 import os
 import random
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -953,7 +954,8 @@ def run_grid(args):
         path = args.out / f"{learned[-1].stem}.pt"
         if args.demo:
             print("\nnearest words to V: " + frequent_words(load_prompt(path), setup))
-        print(f"\nto use the prompt: python coop.py --load {path} --predict IMAGE_OR_FOLDER")
+        print(f"\nto use the prompt: python coop.py --load {shlex.quote(str(path))} "
+              "--predict IMAGE_OR_FOLDER")
 
 
 def make_setup(args):
@@ -1029,7 +1031,8 @@ def check_runs(setup, runs):
             if not val_items:
                 raise ValueError("--probe needs validation images to choose its C, and "
                                  f"{dataset.root} has none")
-    for run in {(run.M, run.position, run.csc): run for run in runs if run.M}.values():
+    learned = [run for run in runs if run.method == "coop"]
+    for run in {(run.M, run.position, run.csc): run for run in learned}.values():
         for split in {run.classes, *test_splits(run)}:
             PromptLearner(setup.clip, setup.tokenizer, setup.classnames(split), run.M,
                           run.position, run.csc, run.init)
@@ -1092,14 +1095,13 @@ def wait_for_all(args):
 def share_encoding(args, setup, runs):
     """Put this process's share of all features into the cache, then wait for the others'."""
     if args.world > 1:
-        jobs = [(path, [TEST]) for path, _ in setup.dataset.test]
-        mine = list(chunks(jobs))[args.rank::args.world]
+        wanted = list(chunks([(path, [TEST]) for path, _ in setup.dataset.test]))
         samples = {(run.shots, run.seed): run for run in runs if run.method == "coop"}
         for run in samples.values():
             items, _ = setup.few_shot(run)
             jobs, _, _ = training_jobs(items, run.epochs, run.views, run.seed)
-            mine += list(chunks(jobs))[args.rank::args.world]
-        for chunk in mine:
+            wanted += chunks(jobs)
+        for chunk in wanted[args.rank::args.world]:
             image_features(setup.clip, chunk, setup.cache)
         wait_for_all(args)
 
@@ -1769,7 +1771,10 @@ def main(argv=None):
         args = parse(argv)
         start_processes(args)
         if args.rank:
-            wait_for_all(args)
+            try:
+                wait_for_all(args)
+            except RuntimeError:                     # the first one has stopped, and said why
+                sys.exit(2)
             shown = errors
         run_command(args)
     except BrokenPipeError:                          # the output went to head, say

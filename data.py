@@ -723,7 +723,7 @@ def read_folders(root):
     refuse_known_dataset(root)
     skipped = Skipped(root)
     home = root
-    if (root / "images").is_dir() and has_class_folders(root / "images"):
+    if (root / "images").is_dir() and holds_classes(root / "images"):
         home = root / "images"
         skipped.unused += [root / name for name in scan(root).folders if name != "images"]
     content = scan(home)
@@ -792,6 +792,12 @@ def has_class_folders(folder):
     return any(scan(folder / name).images for name in scan(folder).folders)
 
 
+def holds_classes(folder):
+    """Whether there are class folders in a folder, or in parts of it."""
+    parts = find_parts(folder).values()
+    return has_class_folders(folder) or any(has_class_folders(part) for part in parts)
+
+
 def refuse_flat_parts(home, parts):
     """train/*.jpg and test/*.jpg are no classes, but a dataset whose labels are elsewhere."""
     flat = [folder for folder in parts.values() if scan(folder).images]
@@ -809,8 +815,7 @@ def explain_no_classes(root, home, found, skipped):
     for name in scan(home).folders:
         candidates = [home / name] + [home / name / inner for inner in scan(home / name).folders]
         for candidate in candidates:
-            parts = find_parts(candidate).values()
-            if has_class_folders(candidate) or any(has_class_folders(part) for part in parts):
+            if holds_classes(candidate):
                 return message + f"did you mean {candidate}?"
     for note in skipped.notes():
         message += f"{note}; "
