@@ -15,7 +15,7 @@ Know before: what a transformer layer and a convolution are.  To take away: CLIP
 that meet only in a cosine.  So a sentence can stand for a class that no classifier was trained on,
 and either side can be computed once and kept.  Read in this order: contrastive_loss (what CLIP was
 trained for), CLIP with encode_text and encode_prompts, Block, the two image encoders; weight files
-last.  Needs torch and none of its neighbors.
+last.  Needs torch and no other file of this project.
 """
 import functools
 import hashlib
@@ -159,9 +159,9 @@ class CLIP(nn.Module):
 
         Each token meets the same positions and the same neighbors as in a sentence of its own, so
         it gets the same result.  The trunk, which being causal never sees a class name, is
-        computed once instead of K times; padding and everything right of eot not at all.  Were
-        the encoder not causal, V would see the name, each prompt would need a trunk of its own,
-        and this function would quietly return wrong features.
+        computed once instead of K times; padding and everything right of eot not at all.  If
+        the encoder were not causal, V would see the name, each prompt would need a trunk of its
+        own, and this function would quietly return wrong features.
 
         The mask is quadratic in the length of the sequence, so many prompts are split into groups,
         one sequence each.  Past RECOMPUTE_ABOVE tokens a group's activations are not stored but
@@ -293,9 +293,9 @@ class QuickGELU(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; parameters are named as in torch.nn.MultiheadAttention.
 
-    Every token asks a question q, offers a key k and an answer v.  It receives the mean of the
-    answers, weighted by how well their keys fit its question: softmax(q k^T / sqrt(64)) v.  Each
-    of the d / 64 heads does this in 64 dimensions.
+    Every token has a query q, a key k and a value v.  It receives the mean of the values, weighted
+    by how well their keys match its query: softmax(q k^T / sqrt(64)) v.  Each of the d / 64 heads
+    does this in 64 dimensions.
     """
 
     def __init__(self, d):
@@ -425,7 +425,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One attention step with the mean as its only question.
+    """One attention step with the mean as its only query.
 
     A weighted mean over the positions, with weights that depend on the content, where an ordinary
     ResNet takes the plain mean: a small object need not be drowned by its background.
@@ -459,7 +459,7 @@ class ModifiedResNet(nn.Module):
     -> (B, e).
 
     Its BatchNorm layers must stay in eval mode.  In training mode they normalize with the mean and
-    variance of whatever batch they see and drift towards it: the "frozen" encoder would change
+    variance of whatever batch they see and drift toward it: the "frozen" encoder would change
     with every step, and an image's features would depend on its neighbors.  Freezing the weights
     does not prevent that, eval() does.  prepare() leaves no BatchNorm behind at all.
     """

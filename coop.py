@@ -6,7 +6,7 @@
 
 CLIP classifies an image by comparing its features f with the features g of K sentences, "a photo
 of a cat." and so on.  Which words stand around the class name matters by several points, and
-nobody knows why.  CoOp lets gradient descent choose them: M context vectors V take the place of
+the best ones are hard to guess.  CoOp lets gradient descent choose them: M context vectors V take the place of
 the words, and the few labeled images say which V are good.  Everything else in CLIP is frozen.
 
 Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with a context for each class
@@ -24,6 +24,7 @@ and results out.
 """
 import argparse
 import ast
+import collections
 import dataclasses
 import datetime
 import functools
@@ -69,13 +70,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class PromptLearner(nn.Module):
     """The K prompts t_i = [V]_1 ... [V]_M [class i] . as token embeddings (equation 2).
 
-    V is the only parameter.  A word enters CLIP as a row of the token embedding, d numbers, and
-    nothing behind that table asks where they come from.  A word can only be chosen, a vector can
-    be learned.
+    V is the only parameter.  A word enters CLIP as a row of the token embedding, a vector of width
+    d, and the layers behind that table take any vector.  Words can only be chosen; vectors can be
+    learned.
 
     position: where the class name stands: "end", "middle" (equation 3: half of V before the name,
               half after it) or "front".
-    csc:      class-specific contexts, V (K, M, d), instead of one for all, V (M, d).
+    csc:      class-specific contexts, V (K, M, d), instead of one for all, V (M, d): each class
+              finds its own words, from many images or badly from few.
     init:     words to start V from; M is then their number of tokens.  None: N(0, 0.02^2).
 
     Raises ValueError if a prompt is longer than the model reads.
@@ -106,7 +108,9 @@ class PromptLearner(nn.Module):
             name = name.replace("_", " ")
             n = len(tokenizer.encode(name))
             ids = tokenizer.encode(name + ".")       # together: "U.S." and the period are one token
-            first = clip.vocab_size + (i * M if csc else 0)
+            first = clip.vocab_size                  # the id of the first vector of V
+            if csc:
+                first += i * M                       # V is counted class by class
             new = list(range(first, first + M))
             prompt = [tokenizer.sot] + new[:before] + ids[:n] + new[before:] + ids[n:]
             prompts.append(prompt + [tokenizer.eot])
@@ -116,8 +120,8 @@ class PromptLearner(nn.Module):
                                  f"of {len(prompts[-1])} tokens, the model reads "
                                  f"{clip.context_length}; M can be {max(0, M - excess)} at most")
 
-        # All prompts begin with the same P tokens; those are encoded once.  The rests of the
-        # prompts stand end to end.
+        # All prompts begin with the same P tokens, which are encoded once: sot and the vectors
+        # before the name, or sot alone where each class has its own.  The rests stand end to end.
         P = 1 if csc else 1 + before
         rests = [prompt[P:] for prompt in prompts]
         packed = prompts[0][:P] + list(itertools.chain.from_iterable(rests))
@@ -131,15 +135,17 @@ class PromptLearner(nn.Module):
         V = 0.02 * torch.randn(shape)
         if init is not None:
             V = embedding[torch.tensor(words, device=embedding.device)].expand(shape).clone()
-        self.V = nn.Parameter(V.to(embedding))       # fp32: in fp16 small steps would be lost
+        self.V = nn.Parameter(V.to(embedding))       # fp32, as all embeddings are
 
     def forward(self):
         """-> shared (P, d), own (sum of lengths, d), lengths (K,): for CLIP.encode_prompts.
 
         DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths 3 to 5 (name,
-        period, eot).  With csc: shared (1, 512), own (186 + 47 * 16, 512).
+        period, eot), so prompts of 20 to 22 tokens where CLIP reads 77.  With csc: shared (1, 512),
+        own (186 + 47 * 16, 512).
         """
         new = self.ids >= self.vocab_size
+        # Id 0 stands in for the new words until the next line puts V there, with its gradient.
         tokens = self.embedding[self.ids.masked_fill(new, 0)]        # (P + sum of lengths, d)
         tokens[new] = self.V.flatten(0, -2)[self.ids[new] - self.vocab_size]
         return tokens[:self.P], tokens[self.P:], self.lengths
@@ -148,8 +154,8 @@ class PromptLearner(nn.Module):
 def learning_rate(epoch, T):
     """The official schedule: one epoch at 1e-5, then a cosine from 0.002.
 
-    The warm-up, which is no rise but a constant, counts as one of the T epochs, so the cosine
-    stops short of zero, at pi (T - 2) / T.  Odd, and kept.
+    The first epoch counts as one of the T, so the cosine ends above zero, at pi (T - 2) / T.  Kept,
+    to equal the official code.
     """
     if epoch == 0:
         return 1e-5
@@ -204,19 +210,20 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
             # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum_j exp(cos(g_j, f) / tau).
             # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is e^5 against 1.
             logits = clip.logit_scale.exp() * f @ g.T                               # (B, K)
-            value = loss(logits, labels[batch], g)
+            batch_loss = loss(logits, labels[batch], g)
             optimizer.zero_grad()
-            value.backward()
+            batch_loss.backward()
             optimizer.step()
-            losses.append(value.detach())           # still on the device: a GPU need not wait
+            losses.append(batch_loss.detach())      # still on the device: a GPU need not wait
             correct.append(logits.argmax(-1) == labels[batch])
         mean_loss = torch.stack(losses).mean().item()
         if not math.isfinite(mean_loss):
             raise ValueError(f"the loss is NaN or infinite in epoch {epoch}: the weights or the "
-                             "image features are damaged, or overflow in this --precision")
+                             "image features are damaged, overflow in this --precision, or were "
+                             "computed for another seed or T")
         if progress:
-            percent = 100 * torch.cat(correct).double().mean().item()
-            progress(f"loss {mean_loss:.3f}, training accuracy {percent:.0f} %")
+            accuracy = percent(torch.cat(correct))
+            progress(f"loss {mean_loss:.3f}, training accuracy {accuracy:.0f} %")
 
 
 @torch.no_grad()
@@ -322,13 +329,13 @@ def training_features(clip, items, T, views=0, seed=1, cache=None):
     items: [(path, label), ...].  views: crops per image; epoch n shows crop n % views.  0: a fresh
     crop in every epoch, as in the paper.
     """
-    jobs, images, numbers = training_jobs(items, T, views, seed)
+    jobs, images, crop_numbers = training_jobs(items, T, views, seed)
     e = clip.text_projection.shape[1]
     features = torch.full((len(items), min(views or T, T), e), math.nan, device=clip.device)
     start = 0
     for chunk in feature_chunks(clip, jobs, cache, "encoding training crops"):
         end = start + len(chunk)
-        features[images[start:end], numbers[start:end]] = chunk.to(clip.device)
+        features[images[start:end], crop_numbers[start:end]] = chunk.to(clip.device)
         start = end
     return features
 
@@ -345,14 +352,14 @@ def training_jobs(items, T, views=0, seed=1):
         needed[torch.cat(schedule), epoch % crops] = True
     jobs = []
     images = []
-    numbers = []
+    crop_numbers = []
     for i in sorted(range(len(items)), key=lambda i: str(items[i][0])):
         wanted = needed[i].nonzero().flatten().tolist()
         if wanted:
             jobs.append((items[i][0], wanted))
             images += [i] * len(wanted)
-            numbers += wanted
-    return jobs, torch.tensor(images), torch.tensor(numbers)
+            crop_numbers += wanted
+    return jobs, torch.tensor(images), torch.tensor(crop_numbers)
 
 
 def chunks(jobs):
@@ -376,21 +383,22 @@ def count_crops(jobs):
 
 def feature_chunks(clip, jobs, cache, what):
     """Yield the features (number of crops, e) of one chunk of jobs after the other."""
-    parts = list(chunks(jobs))
+    all_chunks = list(chunks(jobs))
+    keys = []
     if cache:
-        keys = [chunk_key(clip, part) for part in parts]
+        keys = [chunk_key(clip, chunk) for chunk in all_chunks]
     e = clip.text_projection.shape[1]
     missing = 0
-    for i, part in enumerate(parts):
+    for i, chunk in enumerate(all_chunks):
         if not cache or not cache.has(keys[i]):
-            missing += count_crops(part)
+            missing += count_crops(chunk)
     progress = Progress(what, missing, "crops")
-    for i, part in enumerate(parts):
+    for i, chunk in enumerate(all_chunks):
         features = None
         if cache:
-            features = cache.load(keys[i], (count_crops(part), e))
+            features = cache.load(keys[i], (count_crops(chunk), e))
         if features is None:
-            features = encode_crops(clip, part, progress)
+            features = encode_crops(clip, chunk, progress)
             if cache:
                 cache.save(keys[i], features)
         yield features
@@ -419,20 +427,23 @@ def encode_crops(clip, jobs, progress):
 
 
 def batch_size(clip):
-    """Of the image encoder, as measured: on a CPU a ResNet is fastest when the layers of a batch
-    fit the caches, a ViT with more; a GPU wants to be filled.
+    """Images per batch of the image encoder, as measured.
+
+    On a CPU a ResNet is fastest when the layers of a batch fit the processor's caches (8 images of
+    224 pixels), a ViT with more; a GPU wants to be filled.
     """
     if clip.device.type == "cuda":
         return 256
     if isinstance(clip.visual, clip_model.ModifiedResNet):
-        return 8
+        return max(8, 8 * 224 ** 2 // clip.resolution ** 2)
     return 32
 
 
 def chunk_key(clip, jobs):
     """A hash of all that the features depend on: model, precision, code, images, crop numbers.
 
-    An image counts as the same while its path, size and time of change are.
+    An image counts as the same while its path, size and time of change are.  If you add an option
+    that changes crops or features, put it here.
     """
     description = [weights_name(clip), str(clip.image_dtype), image_code()]
     for path, numbers in jobs:
@@ -457,45 +468,6 @@ def image_code():
             + code_hash(sys.modules[__name__], "encode_crops"))
 
 
-def code_hash(module, *names):
-    """A hash of what a module does, or the named functions of it and all in it that they use.
-
-    Comments, docstrings and layout do not count.
-    """
-    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node):
-                del node.body[0]
-    nodes = tree.body
-    if names:
-        nodes = used_definitions(tree, names)
-    return short_hash("".join(ast.dump(node) for node in nodes))
-
-
-def used_definitions(tree, names):
-    """The top-level definitions of a module with these names, and those that they use in turn."""
-    definitions = {}
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            definitions[node.name] = node
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
-                for name in ast.walk(target):
-                    if isinstance(name, ast.Name):
-                        definitions[name.id] = node
-    used = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name in definitions and name not in used:
-            used[name] = definitions[name]
-            for part in ast.walk(definitions[name]):
-                if isinstance(part, ast.Name):
-                    waiting.append(part.id)
-    return [used[name] for name in sorted(used)]
-
-
 # ---- 3. The linear probe -------------------------------------------------------------------------
 
 
@@ -511,8 +483,8 @@ def linear_probe(train, val):
     class names: each class is a free vector, where CoOp must find one that the text encoder can
     say.
     """
-    # CLIP's features have much in common.  With their mean taken off, which only moves the biases,
-    # L-BFGS gets all the way to the optimum.
+    # CLIP's features share a large mean, which slows L-BFGS down.  Subtracting it only changes the
+    # biases.
     mean = train[0].double().mean(0)
     f = F.pad(train[0].double() - mean, (0, 1), value=1.0)       # the last column is for biases
     f_val = F.pad(val[0].double() - mean, (0, 1), value=1.0)
@@ -551,10 +523,10 @@ def fit_logistic(f, labels, K, C):
     def objective():
         optimizer.zero_grad()
         fit = F.cross_entropy(f @ weights().T, labels, reduction="sum")
-        value = C * fit + W[:, :-1].square().sum() / 2
-        value = value / min(1, C * len(f))     # for a small C all would be below the tolerances
-        value.backward()
-        return value
+        penalized = C * fit + W[:, :-1].square().sum() / 2
+        scaled = penalized / min(1, C * len(f))      # for small C: gradients above the tolerance
+        scaled.backward()
+        return scaled
 
     optimizer.step(objective)
     return weights().detach()
@@ -619,7 +591,9 @@ def kgcoop(hand_written):
 #     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.pt         the learned prompt
 #
 # A run whose JSON file exists is done.  The program itself is one of the settings (`code`), so
-# whoever edits the method gets a new result.  If you add an option, add a field.
+# whoever edits one of its MODULES gets new results.  Device and version of torch, which only round
+# differently, are reported and no settings.  If you add an option, add a field here and a value in
+# make_runs.
 
 
 @dataclass(frozen=True)
@@ -637,7 +611,7 @@ class Run:
     init: str | None = None         # words to start V from; None: from noise
     epochs: int | None = None       # T
     views: int | None = None        # crops per image; 0: a fresh crop every epoch
-    classes: str = "all"            # "base": learn on the first half, test on both halves
+    classes: str = "all"            # to learn and test on: "all", "base" or "new"
     loss: str | None = None         # "ce", "gce" or "kgcoop"
     noise: float | None = None      # share of wrong training labels
     precision: str = "fp32"         # of the image encoder
@@ -736,7 +710,10 @@ class Setup:
         return features[mask], torch.searchsorted(wanted, labels[mask])
 
     def few_shot(self, run):
-        """The training and the validation images of a run, labels counted from 0 in its split."""
+        """The training and the validation images of a run, labels counted from 0 in its split.
+
+        As in the official code: at most 4 validation images, and sampled before the split.
+        """
         rng = random.Random(run.seed)
         train_items = data.few_shot(self.dataset.train, run.shots, rng)
         val_items = data.few_shot(self.dataset.val, min(run.shots, 4), rng)
@@ -745,8 +722,8 @@ class Setup:
     def renumber(self, items, split):
         """The items of a class split, labels counted from 0.
 
-        The other classes are no possible answers then: to classify into 8 classes is easier than
-        into 16, so halves only compare with halves.
+        The other classes are no possible answers then.  8 classes are easier than 16, so compare
+        base only with base and new only with new.
         """
         index = {label: i for i, label in enumerate(self.labels(split))}
         return [(path, index[label]) for path, label in items if label in index]
@@ -758,7 +735,7 @@ class Setup:
 
     @functools.cached_property
     def images_hash(self):
-        """Tells datasets apart by names, labels and file sizes, wherever the folder is."""
+        """A hash of the names, labels and sizes of all images, wherever the folder is."""
         files = []
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
             for path, label in part:
@@ -790,7 +767,7 @@ def run_zero_shot(setup, run, out):
     for split in test_splits(run):
         f, _ = setup.test_part(split)
         predicted[split] = classify(f, setup.hand_written(run.template, split))
-    return measured(setup, predicted, [], 0, 0)
+    return make_result(setup, predicted, [], 0, 0)
 
 
 def run_linear_probe(setup, run, out):
@@ -803,7 +780,7 @@ def run_linear_probe(setup, run, out):
     W, b, _ = linear_probe(train_set, val_set)
     f, _ = setup.test_part(run.classes)
     predicted = {run.classes: (f.double() @ W.T + b).argmax(-1)}
-    return measured(setup, predicted, train_items, encoded - start, time.time() - encoded)
+    return make_result(setup, predicted, train_items, encoded - start, time.time() - encoded)
 
 
 def run_coop(setup, run, out):
@@ -829,7 +806,7 @@ def run_coop(setup, run, out):
         f, _ = setup.test_part(split)
         g = learned_features(clip, setup.tokenizer, setup.classnames(split), V, run.position)
         predicted[split] = classify(f, g)
-    return measured(setup, predicted, items, encoded - start, seconds)
+    return make_result(setup, predicted, items, encoded - start, seconds)
 
 
 METHODS = {"zero-shot": run_zero_shot, "linear-probe": run_linear_probe, "coop": run_coop}
@@ -851,7 +828,7 @@ def test_splits(run):
     return [run.classes]
 
 
-def measured(setup, predicted, training_items, seconds_images, seconds_training):
+def make_result(setup, predicted, training_items, seconds_images, seconds_training):
     """The part of a result that is measured, from {class split: predicted labels (N,)}."""
     accuracy = {}
     n_test = {}
@@ -879,6 +856,49 @@ def measured(setup, predicted, training_items, seconds_images, seconds_training)
     }
 
 
+# What a program does is hashed from its syntax tree.  Names are matched without their scopes, so
+# that rather too much counts as used than too little.
+
+
+def code_hash(module, *names):
+    """A hash of what a module does, or the named functions of it and all in it that they use.
+
+    Comments, docstrings and layout do not count.
+    """
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node):
+                del node.body[0]
+    nodes = tree.body
+    if names:
+        nodes = used_definitions(tree, names)
+    return short_hash("".join(ast.dump(node) for node in nodes))
+
+
+def used_definitions(tree, names):
+    """The top-level definitions of a module with these names, and those that they use in turn."""
+    definitions = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions[node.name] = node
+        elif isinstance(node, ast.Assign):
+            for target in node.targets:
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name):
+                        definitions[name.id] = node
+    used = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in definitions and name not in used:
+            used[name] = definitions[name]
+            for part in ast.walk(definitions[name]):
+                if isinstance(part, ast.Name):
+                    waiting.append(part.id)
+    return [used[name] for name in sorted(used)]
+
+
 # ---- 6. Many runs --------------------------------------------------------------------------------
 
 
@@ -899,15 +919,15 @@ def make_runs(args, setup):
     runs = []
     for template in args.templates:
         runs.append(Run(method="zero-shot", template=template, **shared))
-    numbers = args.M
+    context_lengths = args.M
     if args.init is not None:
-        numbers = [len(setup.tokenizer.encode(args.init.replace("_", " ")))]
+        context_lengths = [len(setup.tokenizer.encode(args.init.replace("_", " ")))]
     for shots, seed in itertools.product(args.shots, args.seeds):
         if shots == 0:
             continue
         if args.probe:
             runs.append(Run(method="linear-probe", shots=shots, seed=seed, **shared))
-        for M, position, csc in itertools.product(numbers, args.position, args.csc):
+        for M, position, csc in itertools.product(context_lengths, args.position, args.csc):
             runs.append(Run(
                 method="coop",
                 shots=shots,
@@ -926,7 +946,7 @@ def make_runs(args, setup):
     return runs
 
 
-MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])
+MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])      # add your own
 
 
 def run_grid(args):
@@ -948,12 +968,13 @@ def run_grid(args):
     print("\n" + table(results))
     if args.plot:
         for path in plot(args, setup, results):
-            print(f"picture: {path}")
+            print(f"plot: {path}")
     learned = [run for run in runs if run.method == "coop"]
     if learned:
         path = args.out / f"{learned[-1].stem}.pt"
         if args.demo:
-            print("\nnearest words to V: " + frequent_words(load_prompt(path), setup))
+            print(f"\nnearest words to V of {learned[-1]}: "
+                  + frequent_words(load_prompt(path), setup))
         print(f"\nto use the prompt: python coop.py --load {shlex.quote(str(path))} "
               "--predict IMAGE_OR_FOLDER")
 
@@ -1136,12 +1157,12 @@ def collect(results):
             rows.setdefault(row, {}).setdefault(run.shots, []).append(accuracy)
     first = results[0]
     run = Run(**first["settings"])
-    n_test, *numbers = PAPER.get(run.dataset, (None,))
+    n_test, *accuracies = PAPER.get(run.dataset, (None,))
     same_weights = clip_model.MODELS["RN50"][0].startswith(run.weights)
     if first["n_test"].get("all") == n_test and same_weights:
         shown = {result["settings"]["shots"] for result in results}
         paper = {}
-        for shots, accuracy in zip(PAPER_SHOTS, numbers):
+        for shots, accuracy in zip(PAPER_SHOTS, accuracies):
             if shots in shown:
                 paper[shots] = [accuracy]
         rows["the paper's: zero-shot, M=16 end"] = paper
@@ -1248,7 +1269,10 @@ def plot_images(setup, run, args, path):
 
 @torch.no_grad()
 def learned_features(clip, tokenizer, classnames, V, position):
-    """L2-normalized text features (K, e) of a learned context V with these class names."""
+    """L2-normalized text features (K, e) of a learned context V with these class names.
+
+    Whatever else than V you let a prompt consist of must be saved with it and passed on here.
+    """
     csc = V.dim() == 3
     learner = PromptLearner(clip, tokenizer, classnames, V.shape[-2], position, csc)
     learner.V.copy_(V)
@@ -1303,12 +1327,12 @@ def load_prompt(path):
     content = clip_model.read_file(path)
     expected = "expected a file of this program (runs/*.pt) or a checkpoint of the official code"
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no learned prompt; {expected}")
+        raise ValueError(f"{path} is not a learned prompt; {expected}")
     state = content.get("state_dict")
     if isinstance(state, dict) and isinstance(state.get("ctx"), torch.Tensor):
         content = {"V": state["ctx"], "classnames": None, "settings": {}}
     if not is_prompt(content):
-        raise ValueError(f"{path} is no learned prompt, or a damaged one; {expected}")
+        raise ValueError(f"{path} is not a learned prompt, or a damaged one; {expected}")
     return {"path": None, "gelu": None, **content, "V": content["V"].float(), "file": path}
 
 
@@ -1356,12 +1380,15 @@ def prompt_features(prompt, setup, split):
     return learned_features(setup.clip, setup.tokenizer, names, V, prompt["settings"]["position"])
 
 
-def use(args):
+def use_prompt(args):
     """What --load asks for: accuracy on a dataset, words, predictions, an export."""
     prompt = load_prompt(find_prompt(args.load))
     if (args.predict or args.export) and not prompt["classnames"]:
         raise ValueError(f"{args.load} is a checkpoint of the official code and stores no class "
                          "names; --data can test it")
+    if "position" in prompt["settings"] and args.position != ["end"]:
+        raise ValueError("--position is for checkpoints of the official code, which do not store "
+                         f"it; {args.load} does")
     prompt["settings"].setdefault("position", args.position[0])
     backbone = args.backbone or prompt["path"]
     if not backbone:
@@ -1484,6 +1511,10 @@ def export(prompt, path):
     print(f"{path}: {len(prompt['classnames'])} classes")
 
 
+# Distances without the matrix product of |a|^2 - 2ab + |b|^2, whose small differences lose digits.
+NO_PRODUCT = "donot_use_mm_for_euclid_dist"
+
+
 def nearest_words(V, clip, tokenizer, count):
     """For each vector of V (M, d) the `count` nearest vocabulary entries: [(word, distance), ...].
 
@@ -1491,8 +1522,7 @@ def nearest_words(V, clip, tokenizer, count):
     nearest one can be far away.
     """
     embedding = clip.token_embedding.weight
-    # Not by way of a matrix product, |a|^2 - 2ab + |b|^2, whose small differences lose digits.
-    distances = torch.cdist(V, embedding, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(V, embedding, compute_mode=NO_PRODUCT)
     nearest = distances.topk(min(count, len(embedding)), largest=False)
     words = []
     for values, ids in zip(nearest.values.tolist(), nearest.indices.tolist()):
@@ -1514,14 +1544,14 @@ def print_words(prompt, clip, tokenizer, count):
 
 
 def frequent_words(prompt, setup):
-    """The nearest words to the vectors of V, the most frequent first, in one line."""
+    """The nearest whole words to the vectors of V, the most frequent first, in one line."""
     V = prompt["V"].to(setup.clip.device).flatten(0, -2)
-    counts = {}
-    for nearest in nearest_words(V, setup.clip, setup.tokenizer, 1):
-        word = nearest[0][0]
-        counts[word] = counts.get(word, 0) + 1
-    ranked = sorted(counts, key=counts.get, reverse=True)
-    return ", ".join(f"{word} ({counts[word]} of {len(V)})" for word in ranked[:5])
+    tokens = setup.tokenizer.tokens
+    whole = [i for i, token in enumerate(tokens) if i >= 512 and token.endswith("</w>")]
+    embedding = setup.clip.token_embedding.weight[whole]
+    nearest = torch.cdist(V, embedding, compute_mode=NO_PRODUCT).argmin(-1)
+    counts = collections.Counter(tokens[whole[i]].removesuffix("</w>") for i in nearest.tolist())
+    return ", ".join(f"{word} ({count} of {len(V)})" for word, count in counts.most_common(5))
 
 
 # ---- 8. The demo ---------------------------------------------------------------------------------
@@ -1536,7 +1566,7 @@ def make_demo(cache):
             clip.pt                     a small CLIP, trained here on drawn images and captions
             clip.merges.txt             its vocabulary, learned from the captions
             open_clip_config.json
-            demo/train/red dotted/...   to classify: negatives, which no prompt says; also val, test
+            demo/train/red dotted/...   to classify: negatives; also val, test
             demo-photos/test/...        other images to test a prompt on: no negatives
             demo-faint/test/...         fainter negatives
     """
@@ -1548,7 +1578,7 @@ def make_demo(cache):
         tokenizer = Tokenizer(tokenizer_module.learn_merges(captions, limit=10_000))
         visual = clip_model.ModifiedResNet(64, [1, 1, 1, 1], 16, 64)
         clip = clip_model.CLIP(64, visual, 64, 2, vocab_size=tokenizer.vocab_size)
-        clip.token_embedding.requires_grad_(False)   # words keep the size of V's first values
+        clip.token_embedding.requires_grad_(False)   # words stay at N(0, 0.02^2), where V starts
         images = data.normalize(torch.from_numpy(images))
         progress = Progress("training a small CLIP on drawn images, once", 1000, "steps")
         clip_model.pretrain(clip, images, tokenizer(captions, 32), 1000, progress=progress)
@@ -1591,7 +1621,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
 
-def count(text):
+def natural(text):
     """A number of the command line: 0, 1, 2, ..."""
     if not text.isdecimal() or int(text) >= 2 ** 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
@@ -1614,12 +1644,13 @@ def make_parser():
         help="a dataset, or a folder of class folders")
     add("--demo", action="store_true",
         help="drawn images and a small CLIP trained here instead: nothing to download")
-    add("--shots", metavar="N", type=count, nargs="+",
+    add("--shots", metavar="N", type=natural, nargs="+",
         help="training images per class; 0: zero-shot only (16; with --demo 4)")
-    add("--seeds", metavar="S", type=count, nargs="+", default=[1],
+    add("--seeds", metavar="S", type=natural, nargs="+", default=[1],
         help="seeds of the few-shot sample, V's start, the batches and wrong labels (1)")
     add("--classes", choices=SPLITS, default="all",
-        help="learn on all classes, the first half (and test on both halves) or the rest (all)")
+        help="learn on all classes, on the base ones (the first half; a V for all classes is then "
+             "tested on the new ones, too) or on the new ones (all)")
 
     group = parser.add_argument_group("method")
     add = group.add_argument
@@ -1629,7 +1660,7 @@ def make_parser():
     add("--gelu", choices=["quick", "exact"],
         help="what a weight file was trained with: most of LAION's need exact (quick, or what an "
              "open_clip_config.json beside the file says)")
-    add("--M", type=count, nargs="+", default=[16],
+    add("--M", type=natural, nargs="+", default=[16],
         help="the paper's M, the number of context vectors (16)")
     add("--position", choices=POSITIONS, nargs="+", default=["end"],
         help="where the class name stands (end)")
@@ -1637,9 +1668,9 @@ def make_parser():
         help="class-specific contexts, a V for each class (no)")
     add("--init", metavar="WORDS",
         help='start V from these words, "a photo of a", instead of noise; their tokens set M')
-    add("--epochs", metavar="T", type=count,
+    add("--epochs", metavar="T", type=natural,
         help="the paper's T (by shots: 50 for 1 and for ImageNet, 100 for 2 and 4, else 200)")
-    add("--views", metavar="N", type=count, default=0,
+    add("--views", metavar="N", type=natural, default=0,
         help="reuse N crops per image, approximate and faster; 0: a fresh crop every epoch (0)")
     add("--device", metavar="DEVICE",
         help="cpu, cuda, cuda:1, mps, ... (cuda where there is one, else cpu)")
@@ -1657,7 +1688,7 @@ def make_parser():
     add("--noise", metavar="SHARE", type=float, default=0.0,
         help="make this share of the training labels wrong (0)")
     add("--plot", action="store_true",
-        help="accuracy against shots, and predictions, as pictures in --out (needs matplotlib)")
+        help="accuracy against shots, and predictions, as PNG files in --out (needs matplotlib)")
 
     group = parser.add_argument_group("using a prompt")
     add = group.add_argument
@@ -1668,7 +1699,7 @@ def make_parser():
     add("--json", action="store_true", help="--predict as JSON lines")
     add("--export", metavar="FILE.npz", type=Path,
         help="text features and constants: a classifier for numpy")
-    add("--words", metavar="N", type=count,
+    add("--words", metavar="N", type=natural,
         help="the N vocabulary entries nearest to each context vector")
 
     group = parser.add_argument_group("files")
@@ -1689,7 +1720,7 @@ def parse(argv):
     refuse_contradictions(args, parser)
     if args.shots is None:
         args.shots = [4] if args.demo else [16]
-    for name in ("shots", "seeds", "M", "position"):             # named twice is still one run
+    for name in ("shots", "seeds", "M", "position"):             # the same value twice is one run
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.csc = {"no": [False], "yes": [True], "both": [False, True]}[args.csc]
     if args.device is None:
@@ -1738,6 +1769,9 @@ def refuse_contradictions(args, parser):
     if args.init is not None and args.M != parser.get_default("M"):
         raise ValueError("the words of --init set M: leave out --M")
     for template in args.template or []:
+        if JOIN in template:
+            raise ValueError(f"--template {template!r} contains {JOIN!r}, which separates the "
+                             "templates of an ensemble in results")
         if "{}" not in template:
             raise ValueError(f"--template {template!r} needs {{}} where the class name goes")
 
@@ -1749,7 +1783,7 @@ def run_command(args):
         args.data = folder / "demo"
         args.backbone = str(folder / "clip.pt")
     if args.load:
-        return use(args)
+        return use_prompt(args)
     args.backbone = args.backbone or "RN50"
     return run_grid(args)
 
@@ -1784,7 +1818,7 @@ def main(argv=None):
         print("error: " + " ".join(str(error).split()), file=shown)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; what is done is kept, the same command goes on from there",
+        print("\nstopped; finished runs and encoded images are kept, the same command goes on",
               file=sys.stderr)
         sys.exit(130)
 

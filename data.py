@@ -11,7 +11,7 @@ To take away: the same seed samples the same images as the official code, and a 
 function of the image and the epoch n, so whatever is computed from it is computed only once.
 
 Read in this order: Dataset and few_shot, the crops, the cache, the readers, the download, the
-drawn world of the demo.  Needs torch, numpy and pillow, and none of its neighbors.
+drawn world of the demo.  Needs torch, numpy and pillow, and no other file of this project.
 """
 import collections
 import concurrent.futures
@@ -162,7 +162,7 @@ def train_crop(image, R, rng):
 
     The part has 8 to 100 % of the area and a shape between 3:4 and 4:3: torchvision's
     RandomResizedCrop.  rng: a random.Random.  Area and shape are sampled up to ten times, as a
-    wide part of a high image may not fit; the shape on a log scale, so that 3:4 is as likely as
+    wide part of a tall image may not fit; the shape on a log scale, so that 3:4 is as likely as
     4:3.
     """
     for _ in range(10):
@@ -360,13 +360,14 @@ class FeatureCache:
 
 SPLIT_FORM = '{"train": [["cat/1.jpg", 0, "cat"], ...], "val": [...], "test": [...]}'
 FOLDER_FORM = "train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg alone"
-SPLITS = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
+SPLIT_FILES = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
           "ac9077ee4e422f768c9b9109551468605e33ec9a/splits/")
 KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
     "split_zhou_Caltech101.json": ("caltech-101", "101_ObjectCategories", PHOTO),
     "split_zhou_EuroSAT.json": ("eurosat", "2750", "a centered satellite photo of {}."),
-    "split_zhou_OxfordFlowers.json": ("oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
+    "split_zhou_OxfordFlowers.json": (
+        "oxford_flowers", "jpg", "a photo of a {}, a type of flower."),
     "split_zhou_OxfordPets.json": ("oxford_pets", "images", "a photo of a {}, a type of pet."),
     "split_zhou_Food101.json": ("food-101", "images", "a photo of {}, a type of food."),
     "split_zhou_StanfordCars.json": ("stanford_cars", ".", PHOTO),
@@ -506,7 +507,7 @@ def read_split(root):
         if len(names) < len({tuple(entry[1:]) for part in PARTS for entry in split[part]}):
             raise ValueError("a label has two names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no split file ({type(error).__name__}: {error}); expected "
+        raise ValueError(f"{file} is not a split file ({type(error).__name__}: {error}); expected "
                          f"{SPLIT_FORM}") from None
     return make_dataset(name, template, root, names, parts, notes)
 
@@ -730,7 +731,8 @@ def read_folders(root):
     parts = find_parts(home)
     refuse_flat_parts(home, parts)
     if any(has_class_folders(folder) for folder in parts.values()):
-        skipped.unused += [home / name for name in content.folders if home / name not in parts.values()]
+        folders = [home / name for name in content.folders]
+        skipped.unused += [folder for folder in folders if folder not in parts.values()]
         skipped.loose += [home / name for name in content.images]
         names, lists, notes = read_parts(home, parts, skipped)
     else:
@@ -828,11 +830,11 @@ def explain_no_classes(root, home, found, skipped):
 def refuse_known_dataset(root):
     """The paper's datasets without their split file would have other splits and class names."""
     for file, (name, folder, _) in KNOWN.items():
-        if folder in ("101_ObjectCategories", "2750", "SUN397", "UCF-101-midframes"):
-            if (root / folder).is_dir():
-                raise ValueError(f"{root} has {folder}/, so it is {name}; expected {file} beside "
-                                 f"it, the paper's split (most are at {SPLITS}, all are linked in "
-                                 "DATASETS.md of github.com/KaiyangZhou/CoOp)")
+        told_by_its_folder = folder not in (".", "images", "jpg")
+        if told_by_its_folder and (root / folder).is_dir():
+            raise ValueError(f"{root} has {folder}/, so it is {name}; expected {file} beside it, "
+                             f"the paper's split (most are at {SPLIT_FILES}, all are linked in "
+                             "DATASETS.md of github.com/KaiyangZhou/CoOp)")
 
 
 def split_classes(found):
@@ -867,7 +869,7 @@ def split_classes(found):
 
 DTD = ("https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz",
        "e42855a52a4950a3b59612834602aa253914755c95b0cff9ead6d07395f8e205")
-DTD_SPLIT = (SPLITS + "split_zhou_DescribableTextures.json",
+DTD_SPLIT = (SPLIT_FILES + "split_zhou_DescribableTextures.json",
              "f26ebeccd2b58e68d70f07a0dc39fe49bf7b69024bac34396b954dfd87969c38")
 TIMEOUT = 30                   # seconds without an answer until a download is given up
 
@@ -887,7 +889,7 @@ def download(url, sha256, path, size):
 
 
 def download_dtd(root):
-    """DTD's images and its authors' labels, 600 MB, to a folder called dtd that is not there yet."""
+    """DTD's images and its authors' labels, 600 MB, to a folder dtd that does not exist yet."""
     archive = root.with_name("dtd-r1.0.1.tar.gz")
     unpacking = root.with_name("dtd.unpacking")
     if not archive.is_file() or hashlib.sha256(archive.read_bytes()).hexdigest() != DTD[1]:
@@ -912,6 +914,7 @@ def download_dtd(root):
 # say: CoOp has to find it out.
 
 HUES = {"red": 0, "yellow": 50, "green": 125, "blue": 225, "purple": 285, "orange": 25}  # degrees
+# DTD's names, in DTD's spelling
 TEXTURES = ("dotted", "perforated", "striped", "chequered", "zigzagged", "spiralled", "grid",
             "meshed")
 SCALES = {"fine": (5, 7), "coarse": (2, 3)}                  # periods per image

@@ -23,7 +23,7 @@ Where 49,408 comes from, in the order of the ids:
     49406, 49407      <|startoftext|> (sot) and <|endoftext|> (eot)
 
 Know before: nothing.  To take away: a frequent word is one token, a rare word is several, and the
-ids mean nothing by themselves.  Needs torch, ftfy and regex, and none of its neighbors.
+ids mean nothing by themselves.  Needs torch, ftfy and regex, and no other file of this project.
 """
 import collections
 import gzip
@@ -180,7 +180,7 @@ class Tokenizer:
         lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines]
         if any(len(pair) != 2 for pair in merges):
-            raise ValueError(f"{path} is no list of merges: expected two symbols per line")
+            raise ValueError(f"{path} is not a list of merges: expected two symbols per line")
         return cls(merges)
 
     def save(self, path):
