@@ -635,7 +635,7 @@ def fetch(name):
     path = pathlib.Path(home, ".cache", "clip", file)
     if path.is_file() and sha256(path) == digest:
         return path
-    hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    hub = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     urls = [mirror.format(hub=hub, sha256=digest, file=file) for mirror in MIRRORS]
     for url in urls:
         print(f"downloading {name} ({size} MiB) to {path} from {url}", file=sys.stderr)
@@ -675,13 +675,17 @@ def read_weights(path):
     Whatever stands before "token_embedding.weight", as training programs wrap models, is removed
     from all names.  No code from the file runs.  Raises ValueError for anything else.
     """
-    tensors = named_tensors(read_file(path))
+    whole_module = (f"{path} is a whole pickled module; expected its state dict: load it with the "
+                    "program that made it and torch.save(model.state_dict(), ...)")
+    try:
+        tensors = named_tensors(read_file(path))
+    except RecursionError:           # modules may contain each other, state dicts do not
+        raise ValueError(whole_module) from None
     known = "token_embedding.weight"
     prefixes = [name.removesuffix(known) for name in tensors if name.endswith(known)]
     names = " ".join(tensors)
     if "_modules." in names:
-        raise ValueError(f"{path} is a whole pickled module; expected its state dict: load it with "
-                         "the program that made it and torch.save(model.state_dict(), ...)")
+        raise ValueError(whole_module)
     if "text_model." in names or "vision_model." in names:
         raise ValueError(f"{path} has Hugging Face's tensor names (text_model...); expected "
                          "OpenAI's: take open_clip_model.safetensors, e.g. from "
@@ -735,6 +739,12 @@ class Inert(dict):
     def __setstate__(self, state):
         if isinstance(state, dict):
             self.update(state)
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
 
 
 class Reader(pickle.Unpickler):

@@ -5,9 +5,10 @@
     python coop.py --data ./dtd --shots 1 2 4 8 16 --seeds 1 2 3
 
 CLIP classifies an image by comparing its features f with the features g of K sentences, "a photo
-of a cat." and so on.  Which words stand around the class name matters by several points, and
-the best ones are hard to guess.  CoOp lets gradient descent choose them: M context vectors V take the place of
-the words, and the few labeled images say which V are good.  Everything else in CLIP is frozen.
+of a cat." and so on.  Which words stand around the class name matters by several points, and the
+best ones are hard to guess.  CoOp lets gradient descent choose them: M context vectors V take the
+place of the words, and the few labeled images say which V are good.  Everything else in CLIP is
+frozen.
 
 Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with a context for each class
 (csc); t_i the prompt of class i; g text features; f image features; tau = 1 / exp(logit_scale)
@@ -36,11 +37,12 @@ import math
 import os
 import random
 import re
-import shlex
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -258,8 +260,8 @@ def evaluate(image_features, text_features, labels):
 
 
 def percent(correct):
-    """100 * the mean of a tensor of truth values."""
-    return 100 * correct.double().mean().item()
+    """100 * the share of True in a tensor of truth values."""
+    return 100 * correct.sum().item() / len(correct)
 
 
 # ---- The method ends here; what follows brings images in and results out -------------------------
@@ -301,7 +303,7 @@ class Progress:
         self.shown = now
         rate = self.done / max(now - self.start, 1e-9)
         left = datetime.timedelta(seconds=round(max(0, self.total - self.done) / rate))
-        share = min(1, self.done / self.total)
+        share = min(1, self.done / max(1, self.total))
         line = (f"{100 * share:3.0f} % of {self.total:,} {self.unit}, {rate:.1f} per second, "
                 f"{left} left")
         if note:
@@ -309,8 +311,9 @@ class Progress:
         if self.terminal:
             bar = ("#" * round(20 * share)).ljust(20, ".")
             end = "\n" if finished else ""
-            line = f"\r{self.what} [{bar}] {line}".ljust(110)
-            print(line, end=end, file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns - 1
+            line = f"{self.what} [{bar}] {line}"[:width].ljust(width)
+            print(f"\r{line}", end=end, file=sys.stderr, flush=True)
         else:
             print(f"{self.what}: {line}", file=sys.stderr, flush=True)
 
@@ -320,7 +323,12 @@ def image_features(clip, jobs, cache=None, what="encoding images"):
 
     cache: a data.FeatureCache, or None.
     """
-    return torch.cat(list(feature_chunks(clip, jobs, cache, what)))
+    features = torch.empty(count_crops(jobs), clip.text_projection.shape[1])
+    start = 0
+    for chunk in feature_chunks(clip, jobs, cache, what):
+        features[start:start + len(chunk)] = chunk
+        start += len(chunk)
+    return features
 
 
 def training_features(clip, items, T, views=0, seed=1, cache=None):
@@ -384,33 +392,32 @@ def count_crops(jobs):
 def feature_chunks(clip, jobs, cache, what):
     """Yield the features (number of crops, e) of one chunk of jobs after the other."""
     all_chunks = list(chunks(jobs))
-    keys = []
-    if cache:
-        keys = [chunk_key(clip, chunk) for chunk in all_chunks]
-    e = clip.text_projection.shape[1]
-    missing = 0
-    for i, chunk in enumerate(all_chunks):
-        if not cache or not cache.has(keys[i]):
-            missing += count_crops(chunk)
-    progress = Progress(what, missing, "crops")
-    for i, chunk in enumerate(all_chunks):
+    keys = [chunk_key(clip, chunk) if cache else None for chunk in all_chunks]
+    missing = [not cache or not cache.has(key) for key in keys]
+    wanted = []
+    for chunk, absent in zip(all_chunks, missing):
+        if absent:
+            wanted += chunk
+    progress = Progress(what, count_crops(wanted), "crops")
+    crops = data.crops(wanted, clip.resolution)      # of all chunks: threads decode ahead
+    for chunk, key, absent in zip(all_chunks, keys, missing):
+        count = count_crops(chunk)
         features = None
-        if cache:
-            features = cache.load(keys[i], (count_crops(chunk), e))
-        if features is None:
-            features = encode_crops(clip, chunk, progress)
-            if cache:
-                cache.save(keys[i], features)
+        if absent:
+            features = encode_crops(clip, itertools.islice(crops, count), progress)
+        else:
+            features = cache.load(key, (count, clip.text_projection.shape[1]))
+            if features is None:                     # damaged
+                features = encode_crops(clip, data.crops(chunk, clip.resolution), progress)
+                absent = True
+        if cache and absent:
+            cache.save(key, features)
         yield features
 
 
 @torch.inference_mode()
-def encode_crops(clip, jobs, progress):
-    """Features (number of crops, e) fp32 of the crops of jobs, by the image encoder.
-
-    Threads decode ahead while the encoder works.
-    """
-    crops = data.crops(jobs, clip.resolution)
+def encode_crops(clip, crops, progress):
+    """Features (number of crops, e) fp32 by the image encoder; crops: an iterator as data.crops."""
     features = []
     while True:
         batch = list(itertools.islice(crops, batch_size(clip)))
@@ -465,7 +472,7 @@ def short_hash(text, digits=8):
 def image_code():
     """A hash of the code that reads, crops and encodes an image."""
     return (code_hash(data, "crops", "normalize") + code_hash(clip_model, "CLIP", "load", "prepare")
-            + code_hash(sys.modules[__name__], "encode_crops"))
+            + code_hash(sys.modules[__name__], "encode_crops", "load_clip"))
 
 
 # ---- 3. The linear probe -------------------------------------------------------------------------
@@ -514,7 +521,7 @@ def fit_logistic(f, labels, K, C):
     rows = 1 if K == 2 else K
     W = torch.zeros(rows, f.shape[1], dtype=f.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-9 * min(1, C),
+        [W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-12 * min(1, C),
         line_search_fn="strong_wolfe")
 
     def weights():
@@ -735,7 +742,7 @@ class Setup:
 
     @functools.cached_property
     def images_hash(self):
-        """A hash of the names, labels and sizes of all images, wherever the folder is."""
+        """A hash of the names, labels and file sizes of all images, wherever the folder is."""
         files = []
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
             for path, label in part:
@@ -747,7 +754,11 @@ def run_once(setup, run, out, again=False):
     """The result of a run: read from its file if it is done, else measured and saved."""
     path = out / f"{run.stem}.json"
     if not again and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} is damaged: delete it, or repeat the run with "
+                             "--again") from None
     start = time.time()
     setup.test_part(run.classes)       # a damaged test image should stop us now, not after training
     encoded = time.time()
@@ -863,7 +874,7 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
 def code_hash(module, *names):
     """A hash of what a module does, or the named functions of it and all in it that they use.
 
-    Comments, docstrings and layout do not count.
+    Comments, docstrings and layout do not count.  Another version of Python may hash otherwise.
     """
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -877,26 +888,39 @@ def code_hash(module, *names):
 
 
 def used_definitions(tree, names):
-    """The top-level definitions of a module with these names, and those that they use in turn."""
-    definitions = {}
+    """What defines these names at the top level of a module, and the names that they use in turn.
+
+    Imports and other statements that define no name, like an `if`, always count.
+    """
+    definitions = {}                                 # {name: [node, ...]}
+    others = []
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            definitions[node.name] = node
-        elif isinstance(node, ast.Assign):
-            for target in node.targets:
-                for name in ast.walk(target):
-                    if isinstance(name, ast.Name):
-                        definitions[name.id] = node
+            definitions.setdefault(node.name, []).append(node)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in names_in(targets):
+                definitions.setdefault(name, []).append(node)
+        else:
+            others.append(node)
     used = {}
     waiting = list(names)
     while waiting:
         name = waiting.pop()
         if name in definitions and name not in used:
             used[name] = definitions[name]
-            for part in ast.walk(definitions[name]):
-                if isinstance(part, ast.Name):
-                    waiting.append(part.id)
-    return [used[name] for name in sorted(used)]
+            waiting += names_in(definitions[name])
+    return others + list(itertools.chain.from_iterable(used[name] for name in sorted(used)))
+
+
+def names_in(nodes):
+    """All names that occur in syntax trees."""
+    found = []
+    for node in nodes:
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name):
+                found.append(part.id)
+    return found
 
 
 # ---- 6. Many runs --------------------------------------------------------------------------------
@@ -914,7 +938,7 @@ def make_runs(args, setup):
         precision=args.precision,
         weights=weights_name(setup.clip),
         images=setup.images_hash,
-        code=short_hash("".join(code_hash(module) for module in MODULES)),
+        code=program_code(),
     )
     runs = []
     for template in args.templates:
@@ -946,14 +970,21 @@ def make_runs(args, setup):
     return runs
 
 
-MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])      # add your own
+# The program, for program_code; a module of your own belongs here, too.
+MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])
+
+
+@functools.cache
+def program_code():
+    """A hash of all modules."""
+    return short_hash("".join(code_hash(module) for module in MODULES))
 
 
 def run_grid(args):
     """All runs of a command line, their table, and how to use what was learned."""
     setup = make_setup(args)
     runs = make_runs(args, setup)
-    check_runs(setup, runs)
+    check_runs(args, setup, runs)
     announce(args, setup, runs)
     if args.rank == 0:
         wait_for_all(args)             # the others wait at the start, see main
@@ -975,8 +1006,8 @@ def run_grid(args):
         if args.demo:
             print(f"\nnearest words to V of {learned[-1]}: "
                   + frequent_words(load_prompt(path), setup))
-        print(f"\nto use the prompt: python coop.py --load {shlex.quote(str(path))} "
-              "--predict IMAGE_OR_FOLDER")
+        named = f'"{path}"' if " " in str(path) else path
+        print(f"\nto use the prompt: python coop.py --load {named} --predict IMAGE_OR_FOLDER")
 
 
 def make_setup(args):
@@ -1023,6 +1054,7 @@ def load_clip(backbone, args):
     tokenizer = Tokenizer()
     if merges.is_file():
         tokenizer = Tokenizer.from_file(merges)
+        clip.sha256 = short_hash(clip.sha256 + repr(tokenizer.tokens), 64)     # names both files
     elif clip.vocab_size != tokenizer.vocab_size:
         tokenizer = Tokenizer.openai()
     if clip.vocab_size != tokenizer.vocab_size:
@@ -1031,7 +1063,7 @@ def load_clip(backbone, args):
     return clip_model.prepare(clip, PRECISIONS[args.precision]), tokenizer
 
 
-def check_runs(setup, runs):
+def check_runs(args, setup, runs):
     """Raise ValueError for what would fail later, after an hour of encoding."""
     dataset = setup.dataset
     needed = {path for path, _ in dataset.test}
@@ -1039,9 +1071,13 @@ def check_runs(setup, runs):
         wanted = setup.labels(split)
         if not any(label in wanted for _, label in dataset.test):
             raise ValueError(f"there are no test images of the {split} classes")
-    for run in runs:
-        if run.method == "zero-shot":
-            continue
+    for template in args.templates:
+        for split in test_splits(runs[0]):
+            for words in template.split(JOIN):
+                texts = [words.replace("{}", name) for name in setup.classnames(split)]
+                setup.tokenizer(texts, setup.clip.context_length)         # ValueError if too long
+    samples = {(run.method, run.shots, run.seed): run for run in runs if run.shots}
+    for run in samples.values():
         train_items, val_items = setup.few_shot(run)
         if not train_items:
             raise ValueError(f"{dataset.root} has no training images of the {run.classes} classes: "
@@ -1096,9 +1132,16 @@ def print_result(run, result, done):
 # chunk of images; they meet in the cache and in the folder of results.  No single run is split.
 
 
+def process_number():
+    """This process and how many there are: (r, N); (0, 1) without torchrun."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1
+    return int(os.environ["RANK"]), world
+
+
 def start_processes(args):
-    args.rank = int(os.environ.get("RANK", 0))
-    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    args.rank, args.world = process_number()
     if args.world > 1:
         if args.no_cache or args.load:
             raise ValueError("torchrun is for learning, with features shared through the cache: no "
@@ -1110,7 +1153,10 @@ def start_processes(args):
 
 def wait_for_all(args):
     if args.world > 1:
-        torch.distributed.barrier()
+        try:
+            torch.distributed.barrier()
+        except RuntimeError:
+            raise ValueError("another process has stopped, see its message") from None
 
 
 def share_encoding(args, setup, runs):
@@ -1236,19 +1282,21 @@ def plot_images(setup, run, args, path):
 
     The images are not selected: the first one of every eighth part of the classes.
     """
-    names = setup.classnames("all")
+    names = setup.classnames(run.classes)
     prompt = load_prompt(args.out / f"{run.stem}.pt")
-    hand = setup.hand_written(args.templates[0], "all")
-    learned = prompt_features(prompt, setup, "all")
-    f, labels = setup.test
+    hand = setup.hand_written(args.templates[0], run.classes)
+    learned = prompt_features(prompt, setup, run.classes)
+    f, labels = setup.test_part(run.classes)
+    items = setup.renumber(setup.dataset.test, run.classes)
+    present = labels.unique().tolist()               # classes that have test images
     figure = new_figure(13, 2.6)
     figure.suptitle(f"class; below: what \"{args.templates[0]}\" says, "
                     f"what the prompt learned from {run.shots} images per class says", fontsize=10)
     places = figure.subplots(1, 8)
     for i, axes in enumerate(places):
-        label = i * len(names) // 8
+        label = present[i * len(present) // 8]
         which = int((labels == label).nonzero()[0])
-        axes.imshow(data.test_crop(data.read_image(setup.dataset.test[which][0]), 128))
+        axes.imshow(data.test_crop(data.read_image(items[which][0]), 128))
         axes.set_title(names[label], fontsize=9)
         axes.axis("off")
         for line, g in enumerate((hand, learned)):
@@ -1452,7 +1500,14 @@ def predict(prompt, clip, paths, as_json):
     """
     files = []
     for path in map(Path, paths):
-        files += data.find_images(path) if path.is_dir() else [path]
+        if path.is_dir():
+            content = data.find_files(path)
+            files += content.images
+            if content.others:
+                print(f"note: {len(content.others)} other files in {path} passed over; first: "
+                      f"{content.others[0]}", file=sys.stderr)
+        else:
+            files.append(path)
     if not files:
         raise ValueError(f"no images in {', '.join(paths)}")
     broken = 0
@@ -1572,6 +1627,7 @@ def make_demo(cache):
     """
     folder = cache / f"demo-{demo_code()}"
     weights = folder / "clip.pt"
+    folder.mkdir(parents=True, exist_ok=True)
     if not weights.is_file():
         torch.manual_seed(0)
         images, captions = data.draw_pairs(8000)
@@ -1582,7 +1638,6 @@ def make_demo(cache):
         images = data.normalize(torch.from_numpy(images))
         progress = Progress("training a small CLIP on drawn images, once", 1000, "steps")
         clip_model.pretrain(clip, images, tokenizer(captions, 32), 1000, progress=progress)
-        folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / "clip.merges.txt")
         config = {"model_cfg": {"quick_gelu": True}, "preprocess_cfg": {}}
         (folder / clip_model.CONFIG).write_text(json.dumps(config), encoding="utf-8")
@@ -1726,7 +1781,7 @@ def parse(argv):
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).split("\n")[0]
         raise ValueError(f"--device {args.device} cannot be used here: {first_line}") from None
@@ -1758,8 +1813,8 @@ def refuse_contradictions(args, parser):
                      "loss", "noise", "again"):
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"--{name} is for learning; --load uses a learned prompt")
-    if args.json and not args.predict:
-        raise ValueError("--json goes with --predict")
+    if args.json and (not args.predict or args.data or args.demo or args.words or args.export):
+        raise ValueError("--json goes with --predict alone")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     if not 0 <= args.noise <= 1:
@@ -1795,20 +1850,19 @@ def main(argv=None):
     and checked all that is needed; what fails later is their own and is said, too.
     """
     errors = sys.stderr
-    if int(os.environ.get("RANK", 0)):
+    if process_number()[0]:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         sys.stderr = sys.stdout
     elif argv is None and len(sys.argv) == 1:
         print(EXAMPLES)
     shown = sys.stderr
     try:
+        program_code()                               # now: it may be edited while it runs
+        image_code()
         args = parse(argv)
         start_processes(args)
         if args.rank:
-            try:
-                wait_for_all(args)
-            except RuntimeError:                     # the first one has stopped, and said why
-                sys.exit(2)
+            wait_for_all(args)
             shown = errors
         run_command(args)
     except BrokenPipeError:                          # the output went to head, say
@@ -1817,6 +1871,11 @@ def main(argv=None):
     except (ValueError, OSError, torch.cuda.OutOfMemoryError) as error:
         print("error: " + " ".join(str(error).split()), file=shown)
         sys.exit(2)
+    except Exception:
+        if shown is sys.stderr:
+            raise
+        traceback.print_exc(file=shown)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped; finished runs and encoded images are kept, the same command goes on",
               file=sys.stderr)

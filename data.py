@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])     # of CLIP's training pixels, by channel
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -111,10 +111,31 @@ def read_image(path):
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            return to_rgb(upright(image))
     except Exception as error:       # Pillow raises a dozen kinds of errors for damaged files
         raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+TURNS = {   # value of the EXIF mark "Orientation": how to undo it
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
+}
+
+
+def upright(image):
+    """The image turned as its EXIF mark says.
+
+    (PIL.ImageOps.exif_transpose also rewrites the other marks, and fails where one is odd.)
+    """
+    mark = image.getexif().get(0x0112)
+    if mark in TURNS:
+        return image.transpose(TURNS[mark])
+    return image
 
 
 def to_rgb(image):
@@ -215,6 +236,8 @@ def crops(jobs, R):
     ahead = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for path, numbers in jobs:
+            if not numbers:
+                continue
             ahead.append((path, numbers, pool.submit(cut, path, numbers, R)))
             if len(ahead) > workers:
                 yield from finished_crops(*ahead.popleft())
@@ -273,6 +296,8 @@ def find_problem(path):
             if image.mode == "F":
                 return "32-bit float pixels, which have no fixed range (save 8 or 16 bits)"
         return None
+    except Image.DecompressionBombError as error:
+        return f"too large ({error})"
     except Exception:                # Pillow raises a dozen kinds of errors for damaged files
         return describe_file(path)
 
@@ -442,10 +467,12 @@ def likely_mistakes(dataset):
     """Notes on class names that CLIP cannot understand and on classes without images."""
     notes = []
     names = dataset.classnames
-    codes = [name for name in names if re.fullmatch(r"n\d{8}|\d+", name)]
+    codes = [name for name in names if re.fullmatch(r"n\d{8}.*|\d+([._-]\D.*)?", name)]
     if codes:
-        notes.append(f"{len(codes)} class names look like codes, e.g. {codes[0]}: CLIP needs words "
-                     "(a classnames.txt with lines like 'n01440764 tench', or renamed folders)")
+        notes.append(f"{len(codes)} class names have codes in them, e.g. {codes[0]}: CLIP needs "
+                     "words (a classnames.txt with lines like 'n01440764 tench', or renamed folders)")
+    if {name.lower() for name in names} <= {"images", "masks", "labels", "annotations"}:
+        notes.append(f"{some(names)} look like parts of a segmentation dataset, not like classes")
     for first, second in same_prompts(names):
         notes.append(f"classes {first!r} and {second!r} make the same prompt")
     for part in (dataset.train, dataset.test):
@@ -506,7 +533,7 @@ def read_split(root):
             raise ValueError("labels are not 0 .. K - 1 with one name each")
         if len(names) < len({tuple(entry[1:]) for part in PARTS for entry in split[part]}):
             raise ValueError("a label has two names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a split file ({type(error).__name__}: {error}); expected "
                          f"{SPLIT_FORM}") from None
     return make_dataset(name, template, root, names, parts, notes)
@@ -577,6 +604,11 @@ def read_imagenet(root):
     if homes:
         train = class_folders(homes[0] / "train", skipped)
         test = class_folders(homes[0] / "val", skipped)
+        if not test:
+            raise ValueError(f"{homes[0] / 'val'} has no class folders with images; "
+                             + "; ".join(skipped.notes()))
+        skipped.unused += [homes[0] / name for name in scan(homes[0]).folders
+                           if name not in ("train", "val", "images")]
         found = train
         parts = [flatten(train), [], flatten(test)]
         title = "imagenet"
@@ -603,6 +635,7 @@ def read_imagenet(root):
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
             ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
+TABLES = (".csv", ".tsv", ".json", ".txt")
 JUNK = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini", "lost+found")
 PART_WORDS = {
     "train": ("train", "training"),
@@ -636,16 +669,26 @@ def scan(folder):
     return content
 
 
-def find_images(folder, seen=()):
-    """All images in a folder and below it, sorted by folder."""
+def find_files(folder, seen=()):
+    """Content of a folder and all below it, as paths, sorted by folder."""
+    found = Content([], [], [])
     real = os.path.realpath(folder)
     if real in seen:                 # a link that leads back up
-        return []
+        return found
     content = scan(folder)
-    images = [pathlib.Path(folder, name) for name in content.images]
+    found.images += [pathlib.Path(folder, name) for name in content.images]
+    found.others += [pathlib.Path(folder, name) for name in content.others]
     for name in content.folders:
-        images += find_images(pathlib.Path(folder, name), (*seen, real))
-    return images
+        below = find_files(pathlib.Path(folder, name), (*seen, real))
+        found.folders += [pathlib.Path(folder, name), *below.folders]
+        found.images += below.images
+        found.others += below.others
+    return found
+
+
+def find_images(folder):
+    """All images in a folder and below it."""
+    return find_files(folder).images
 
 
 @dataclass
@@ -689,6 +732,9 @@ def class_folders(home, skipped):
         raise ValueError(f"{home} is missing; expected class folders with images in it")
     content = scan(home)
     skipped.loose += [home / name for name in content.images]
+    for name in content.others:
+        if not name.lower().startswith(("readme", "license")) and not name.endswith(TABLES):
+            skipped.files.append(home / name)
     found = {}
     for name in content.folders:
         inside = scan(home / name)
@@ -729,11 +775,13 @@ def read_folders(root):
         skipped.unused += [root / name for name in scan(root).folders if name != "images"]
     content = scan(home)
     parts = find_parts(home)
+    tables = scan_tables({root, home})
     refuse_flat_parts(home, parts)
     if any(has_class_folders(folder) for folder in parts.values()):
         folders = [home / name for name in content.folders]
         skipped.unused += [folder for folder in folders if folder not in parts.values()]
         skipped.loose += [home / name for name in content.images]
+        tables += scan_tables(parts.values())
         names, lists, notes = read_parts(home, parts, skipped)
     else:
         found = class_folders(home, skipped)
@@ -745,11 +793,18 @@ def read_folders(root):
     for first, second in same_prompts(names):
         raise ValueError(f"{home}: the classes {first!r} and {second!r} make the same prompt; "
                          "rename or merge the folders")
-    for file in scan(root).others:
-        if file.endswith((".json", ".csv")):
-            notes.append(f"{file} is not used (labels come from folders, or from a file "
-                         "split_zhou_*.json)")
+    for file in tables:
+        notes.append(f"{file.relative_to(root).as_posix()} is not used (labels come from folders, "
+                     f"or from a file split_zhou_*.json in {root})")
     return make_dataset(root.name, PHOTO, root, names, lists, notes + skipped.notes())
+
+
+def scan_tables(folders):
+    """Files in folders that might hold labels."""
+    tables = []
+    for folder in folders:
+        tables += [folder / name for name in scan(folder).others if name.endswith(TABLES)]
+    return [file for file in tables if file.suffix != ".txt"]
 
 
 def read_parts(home, parts, skipped):
@@ -764,18 +819,26 @@ def read_parts(home, parts, skipped):
                      "none are left for validation")
         found["test"] = found.pop("val")
     classes = found["train"] if "train" in found else found["test"]
+    if len(classes) < 2:
+        folder = parts.get("train") or parts["test"]
+        found = f"{folder} has {len(classes)} class folders with images, needed are at least 2"
+        raise ValueError("; ".join([found, *skipped.notes(), f"expected {FOLDER_FORM}"]))
     lists = [flatten(found.get(part, {})) for part in PARTS]
     return {name: name for name in classes}, lists, notes
 
 
 def part_of(name):
     """"train", "val" or "test" for a folder called so or "Training_Set", "valid", ...; or None."""
-    words = [word.removesuffix("set") for word in re.split(r"[^a-z]+", name.lower())]
-    words = [word for word in words if word not in FILLERS]
+    words = [word for word in name_words(name) if word not in FILLERS]
     for part, spellings in PART_WORDS.items():
         if len(words) == 1 and words[0] in spellings:
             return part
     return None
+
+
+def name_words(name):
+    """The words of a folder's name: "Test-Set_2" -> ["test", "", ""]"""
+    return [word.removesuffix("set") for word in re.split(r"[^a-z]+", name.lower())]
 
 
 def find_parts(home):
@@ -790,22 +853,26 @@ def find_parts(home):
     return parts
 
 
-def has_class_folders(folder):
-    return any(scan(folder / name).images for name in scan(folder).folders)
+def has_class_folders(folder, at_least=1):
+    return sum(bool(scan(folder / name).images) for name in scan(folder).folders) >= at_least
 
 
-def holds_classes(folder):
+def holds_classes(folder, at_least=1):
     """Whether there are class folders in a folder, or in parts of it."""
-    parts = find_parts(folder).values()
-    return has_class_folders(folder) or any(has_class_folders(part) for part in parts)
+    folders = [folder, *find_parts(folder).values()]
+    return any(has_class_folders(place, at_least) for place in folders)
 
 
 def refuse_flat_parts(home, parts):
     """train/*.jpg and test/*.jpg are no classes, but a dataset whose labels are elsewhere."""
-    flat = [folder for folder in parts.values() if scan(folder).images]
-    classes = [name for name in scan(home).folders if part_of(name) is None]
-    labeled = any(has_class_folders(folder) for folder in parts.values())
-    if flat and (labeled or not classes):
+    all_words = set(itertools.chain.from_iterable(PART_WORDS.values()))
+    named = [name for name in scan(home).folders if all_words & set(name_words(name))]
+    flat = [home / name for name in named if scan(home / name).images]     # "cars_train", too
+    classes = [name for name in scan(home).folders if name not in named]
+    if any(has_class_folders(folder) for folder in parts.values()):
+        flat = [folder for folder in parts.values() if scan(folder).images]
+        classes = []
+    if flat and not classes:
         raise ValueError(f"{home}: {some([folder.name + '/' for folder in flat])} with images "
                          f"directly inside, which have no labels; expected {FOLDER_FORM}, or a "
                          f"file split_zhou_NAME.json: {SPLIT_FORM}")
@@ -817,13 +884,12 @@ def explain_no_classes(root, home, found, skipped):
     for name in scan(home).folders:
         candidates = [home / name] + [home / name / inner for inner in scan(home / name).folders]
         for candidate in candidates:
-            if holds_classes(candidate):
+            if holds_classes(candidate, at_least=2):
                 return message + f"did you mean {candidate}?"
     for note in skipped.notes():
         message += f"{note}; "
-    tables = [name for name in scan(root).others if name.endswith((".csv", ".tsv", ".json"))]
-    if tables:
-        message += f"{tables[0]} is not read; "
+    for file in scan_tables([root]):
+        message += f"{file.name} is not read; "
     return message + f"expected {FOLDER_FORM}, or a file split_zhou_NAME.json: {SPLIT_FORM}"
 
 

@@ -230,8 +230,8 @@ class Tokenizer:
         for row, text in zip(rows, texts):
             ids = [self.sot, *self.encode(text), self.eot]
             if len(ids) > length:
-                raise ValueError(
-                    f"text of {len(ids)} tokens (with start and end) does not fit in {length}: {text!r}")
+                raise ValueError(f"text of {len(ids)} tokens (with start and end) does not fit in "
+                                 f"{length}: {text!r}")
             row[:len(ids)] = torch.tensor(ids)
         return rows
 
