@@ -1877,7 +1877,8 @@ def main(argv=None):
         traceback.print_exc(file=shown)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped; finished runs and encoded images are kept, the same command goes on",
+        print("\nstopped; finished runs and encoded images are kept, the same command goes on "
+              "from there",
               file=sys.stderr)
         sys.exit(130)
 
