@@ -98,6 +98,8 @@ class PromptLearner(nn.Module):
             M = len(words)
         if M < 1:
             raise ValueError(f"M = {M}: at least one context vector or word is needed")
+        if M > clip.context_length:
+            raise ValueError(f"M = {M}: the model reads {clip.context_length} tokens")
 
         # Each prompt as token ids.  The vectors of V are new words: their ids follow those of the
         # vocabulary.  sot and eot are the start and the end of a text.
@@ -597,7 +599,7 @@ def kgcoop(hand_written):
 #     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.json       the result
 #     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.pt         the learned prompt
 #
-# A run whose JSON file exists is done.  The program itself is one of the settings (`code`), so
+# A run whose files exist is done.  The program itself is one of the settings (`code`), so
 # whoever edits one of its MODULES gets new results.  Device and version of torch, which only round
 # differently, are reported and no settings.  If you add an option, add a field here and a value in
 # make_runs.
@@ -624,7 +626,7 @@ class Run:
     precision: str = "fp32"         # of the image encoder
     template: str | None = None     # hand-written prompt; several are joined by JOIN
     weights: str = ""               # checksum of CLIP's weights
-    images: str = ""                # checksum of the dataset's names, labels and file sizes
+    images: str = ""                # hash of the images' names, labels, sizes, times of change
     code: str = ""                  # hash of the program
 
     @property
@@ -742,18 +744,19 @@ class Setup:
 
     @functools.cached_property
     def images_hash(self):
-        """A hash of the names, labels and file sizes of all images, wherever the folder is."""
+        """A hash of the names, labels, sizes and times of change of all images."""
         files = []
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
             for path, label in part:
-                files.append((Path(path).parts[-2:], label, os.path.getsize(path)))
+                stat = os.stat(path)
+                files.append((Path(path).parts[-2:], label, stat.st_size, stat.st_mtime_ns))
         return short_hash(repr((self.dataset.classnames, files)))
 
 
 def run_once(setup, run, out, again=False):
     """The result of a run: read from its file if it is done, else measured and saved."""
     path = out / f"{run.stem}.json"
-    if not again and path.exists():
+    if not again and is_done(run, out):
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -770,6 +773,12 @@ def run_once(setup, run, out, again=False):
     with data.atomic_write(path) as file:
         file.write(json.dumps(result, indent=1).encode())
     return result
+
+
+def is_done(run, out):
+    """Whether a run has left its files: the result and, where it learned one, the prompt."""
+    suffixes = [".json", ".pt"] if run.method == "coop" else [".json"]
+    return all((out / (run.stem + suffix)).exists() for suffix in suffixes)
 
 
 def run_zero_shot(setup, run, out):
@@ -990,7 +999,7 @@ def run_grid(args):
         wait_for_all(args)             # the others wait at the start, see main
     share_encoding(args, setup, runs)
     for run in runs[args.rank::args.world]:
-        done = (args.out / f"{run.stem}.json").exists() and not args.again
+        done = is_done(run, args.out) and not args.again
         print_result(run, run_once(setup, run, args.out, args.again), done)
     wait_for_all(args)
     if args.rank:
@@ -1134,10 +1143,9 @@ def print_result(run, result, done):
 
 def process_number():
     """This process and how many there are: (r, N); (0, 1) without torchrun."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1
-    return int(os.environ["RANK"]), world
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
 
 
 def start_processes(args):
@@ -1349,11 +1357,13 @@ def save_prompt(path, setup, run, V):
 
 
 def find_prompt(path):
-    """A prompt file, or the newest one whose path begins so."""
+    """A prompt file, or the newest one whose path begins so, or of a folder."""
     if path.is_file():
         return path
     found = []
-    if path.parent.is_dir():
+    if path.is_dir():
+        found = list(path.glob("*.pt"))
+    elif path.parent.is_dir():
         for file in path.parent.iterdir():
             if file.name.startswith(path.name) and file.suffix == ".pt":
                 found.append(file)
@@ -1442,7 +1452,7 @@ def use_prompt(args):
     if not backbone:
         raise ValueError(f"{args.load} does not store for which backbone it was learned: give "
                          "--backbone")
-    if backbone not in clip_model.MODELS and not Path(backbone).is_file():
+    if not args.backbone and backbone not in clip_model.MODELS and not Path(backbone).is_file():
         raise ValueError(f"{args.load} was learned with {backbone}, which is not there: give the "
                          "same weights as --backbone (those of the demo: python coop.py --demo)")
     args.backbone = backbone
@@ -1691,7 +1701,7 @@ def make_parser():
     parser = Parser(
         prog="coop.py", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Learn the words of a CLIP prompt from a few images per class (CoOp, arXiv "
-                    "2109.01134).\nDefaults are in brackets.")
+                    "2109.01134).\nDefaults are in parentheses.")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
