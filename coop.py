@@ -523,7 +523,7 @@ def fit_logistic(f, labels, K, C):
     rows = 1 if K == 2 else K
     W = torch.zeros(rows, f.shape[1], dtype=f.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-12 * min(1, C),
+        [W], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-9 * min(1, C) ** 2,
         line_search_fn="strong_wolfe")
 
     def weights():
