@@ -3106,7 +3106,8 @@ def reader(tmp_path, monkeypatch):
 
 def test_readme_commands(reader, capsys):
     """Every `python coop.py ...` of README runs as it stands there, one after the other."""
-    commands = re.findall(r"python coop\.py (--[^`&#\n]+)", README)
+    without_output = re.sub(r"```\nCLIP .*?```", "", README, flags=re.DOTALL)
+    commands = re.findall(r"python coop\.py (--[^`&#\n]+)", without_output)
     assert len(commands) > 10
     for command in commands:
         if importlib.util.find_spec("matplotlib") is None:
@@ -3172,11 +3173,11 @@ def test_readme_names_what_is_there():
 def test_the_demo_tells_the_papers_story(tmp_path):
     """From one image per class CoOp finds the word that the hand-written prompt does not say.
 
-    Mean of three seeds on 960 test images: far ahead of the plain prompt and ahead of the linear
+    Mean of two seeds on 960 test images: far ahead of the plain prompt and ahead of the linear
     probe; with M = 1 the nearest word is always "negative".  A second run makes nothing anew.
     """
     command = [sys.executable, str(HERE / "coop.py"), "--demo", "--shots", "1", "--seeds", "1", "2",
-               "3", "--M", "1", "16", "--probe", "--device", "cpu",
+               "--M", "1", "16", "--probe", "--device", "cpu",
                "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     subprocess.run(command, check=True, capture_output=True)
     accuracy = {}
@@ -3203,7 +3204,7 @@ def test_the_demo_tells_the_papers_story(tmp_path):
     made = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert made == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
-    assert again.stdout.count("done already") == 2 + 3 * 3
+    assert again.stdout.count("done already") == 2 + 2 * 3
 
 
 # ---- The benchmark: python test_coop.py [FOLDER OF PHOTOGRAPHS] ----------------------------------
