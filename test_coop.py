@@ -2803,7 +2803,7 @@ def official():
 
 def official_trainer(name, cfg):
     """One of their trainers, for NAMES; without a dataset and its loaders."""
-    from dassl.engine import build_trainer
+    build_trainer = importlib.import_module("dassl.engine").build_trainer
     cfg.TRAINER.NAME = name
     manager = mock.Mock()
     manager.dataset.classnames = NAMES
@@ -2839,17 +2839,17 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
     into the same images.  A split file, shuffled, gives the same samples, labels and class names
     for all, base and new classes; many classes have fewer images than shots.
     """
-    import datasets.dtd
-    from train import set_random_seed
+    official_dtd = importlib.import_module("datasets.dtd")
+    set_random_seed = importlib.import_module("train").set_random_seed
     root = tmp_path / "dtd"
     for n in range(4, 37):
         (root / "images" / f"class {n:02}").mkdir(parents=True)
         for i in range(n):
             (root / "images" / f"class {n:02}" / f"{i:02}.jpg").touch()
-    names = functools.partial(datasets.dtd.listdir_nohidden, sort=True)      # not as the disk lists
-    monkeypatch.setattr(datasets.dtd, "listdir_nohidden", names)
+    names = functools.partial(official_dtd.listdir_nohidden, sort=True)      # not as the disk lists
+    monkeypatch.setattr(official_dtd, "listdir_nohidden", names)
     set_random_seed(1)
-    parts = datasets.dtd.DescribableTextures.read_and_split_data(str(root / "images"))
+    parts = official_dtd.DescribableTextures.read_and_split_data(str(root / "images"))
     dataset = data.load_dataset(root)
     assert dataset.train == official_items(parts[0])
     assert dataset.val == official_items(parts[1])
@@ -2868,7 +2868,7 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
         official.cfg.DATASET.NUM_SHOTS = shots
         official.cfg.DATASET.SUBSAMPLE_CLASSES = classes
         set_random_seed(seed)
-        theirs = datasets.dtd.DescribableTextures(official.cfg)
+        theirs = official_dtd.DescribableTextures(official.cfg)
         run = coop.Run("coop", "dtd", "RN50", shots=shots, seed=seed, classes=classes)
         train, val = setup.few_shot(run)
         assert train == official_items(theirs.train_x), (seed, shots, classes)
@@ -2878,8 +2878,8 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
 
 
 def test_names_of_datasets_and_templates_are_the_official_ones(official):
-    from dassl.data.datasets import DATASET_REGISTRY
-    from trainers.zsclip import CUSTOM_TEMPLATES
+    DATASET_REGISTRY = importlib.import_module("dassl.data.datasets").DATASET_REGISTRY
+    CUSTOM_TEMPLATES = importlib.import_module("trainers.zsclip").CUSTOM_TEMPLATES
     for file, (name, _, template) in data.KNOWN.items():
         official_name = file.removeprefix("split_zhou_").removesuffix(".json")
         assert DATASET_REGISTRY.get(official_name).dataset_dir == name
@@ -2888,8 +2888,10 @@ def test_names_of_datasets_and_templates_are_the_official_ones(official):
 
 def test_test_crops_are_the_official_ones(official, tmp_path):
     """Crop and normalization, bit by bit, for images of many shapes and three modes."""
-    from dassl.data.transforms import build_transform, transforms
-    from dassl.utils import read_image
+    module = importlib.import_module("dassl.data.transforms")
+    build_transform = module.build_transform
+    transforms = module.transforms
+    read_image = importlib.import_module("dassl.utils").read_image
     if isinstance(transforms.Resize, mock.Mock):
         pytest.skip(OFFICIAL)
     rng = np.random.default_rng(0)
@@ -2914,7 +2916,7 @@ def test_prompts_are_the_official_ones(official, position, csc):
     The embedding of token i is the number i, and V is the numbers that follow the vocabulary's: so
     what the official PromptLearner returns is the list of a prompt's tokens, padded with zeros.
     """
-    from trainers.coop import PromptLearner as OfficialLearner
+    OfficialLearner = importlib.import_module("trainers.coop").PromptLearner
     rng = random.Random(0)
     names = list(OFFICIAL_NAMES)
     for _ in range(60):
@@ -2962,7 +2964,7 @@ def test_text_features_are_the_official_ones(official, position, csc):
 
 def test_zero_shot_is_the_official_one(official):
     """One template, and their ensemble of seven and the dataset's own."""
-    from trainers.zsclip import IMAGENET_TEMPLATES_SELECT
+    IMAGENET_TEMPLATES_SELECT = importlib.import_module("trainers.zsclip").IMAGENET_TEMPLATES_SELECT
     clip = ours(official.clip)
     expected = official_trainer("ZeroshotCLIP", official.cfg).text_features
     g = coop.zero_shot(clip, official.tokenizer, "{} texture.", NAMES)
@@ -2976,7 +2978,9 @@ def test_zero_shot_is_the_official_one(official):
 @pytest.mark.parametrize("file, shots", [("rn50_ep50", 1), ("rn50_ep100", 4), ("rn50", 16)])
 def test_learning_rates_are_the_official_ones(official, file, shots):
     """Of every epoch, for the three numbers of epochs that the paper has."""
-    from dassl.optim import build_lr_scheduler, build_optimizer
+    module = importlib.import_module("dassl.optim")
+    build_lr_scheduler = module.build_lr_scheduler
+    build_optimizer = module.build_optimizer
     official.cfg.merge(file)
     T = official.cfg.OPTIM.MAX_EPOCH
     optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], official.cfg.OPTIM)
@@ -2992,7 +2996,7 @@ def test_learning_rates_are_the_official_ones(official, file, shots):
 
 @pytest.mark.parametrize("N", [1, 31, 32, 33, 64, 70])
 def test_batch_sizes_are_the_official_ones(official, N):
-    from dassl.data.data_manager import build_data_loader
+    build_data_loader = importlib.import_module("dassl.data.data_manager").build_data_loader
     official.cfg.DATALOADER.NUM_WORKERS = 0
     settings = official.cfg.DATALOADER.TRAIN_X
     loader = build_data_loader(official.cfg, settings.SAMPLER, range(N), settings.BATCH_SIZE)
