@@ -470,7 +470,8 @@ def likely_mistakes(dataset):
     codes = [name for name in names if re.fullmatch(r"n\d{8}.*|\d+([._-]\D.*)?", name)]
     if codes:
         notes.append(f"{len(codes)} class names have codes in them, e.g. {codes[0]}: CLIP needs "
-                     "words (a classnames.txt with lines like 'n01440764 tench', or renamed folders)")
+                     "words (a classnames.txt with lines like 'n01440764 tench', or renamed "
+                     "folders)")
     if {name.lower() for name in names} <= {"images", "masks", "labels", "annotations"}:
         notes.append(f"{some(names)} look like parts of a segmentation dataset, not like classes")
     for first, second in same_prompts(names):
