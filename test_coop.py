@@ -5,9 +5,9 @@
     python test_coop.py [PHOTOGRAPHS]            # the benchmark: the tables of README
 
 A docstring is a theorem and the test its check, on small random models.  The oracles are OpenAI's
-own model.py and simple_tokenizer.py (from the package clip-anytorch, loaded file by file), PyTorch's
-modules, the official CoOp code where it is at hand, and formulas written out.  Where a check could
-be empty, a control stands beside it that has to fail.
+own model.py and simple_tokenizer.py (from the package clip-anytorch, loaded file by file), modules
+of PyTorch, the official CoOp code where it is at hand, and formulas written out.  Where a check
+could be empty, a control stands beside it that has to fail.
 
 Know before: the four modules.  Read test_packed_equals_plain and test_training_equals_the_textbook
 first: they hold up the rest.
@@ -15,7 +15,6 @@ first: they hold up the rest.
 import ast
 import copy
 import dataclasses
-import errno
 import functools
 import gzip
 import hashlib
@@ -41,7 +40,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import textwrap
 import threading
 import time
 import types
@@ -80,12 +78,12 @@ def openai(module):
 
 
 def openai_clip(e=32, resolution=64, vision_layers=(1, 1, 1, 1), vision_width=16, patch=None,
-                vocab_size=514, width=128, layers=2, double=True, seed=0):
+                vocab_size=514, width=128, layers=2, double=True):
     """OpenAI's class with random weights, and BatchNorm statistics as if it had been trained."""
     module = openai("model")
     if double:
         module.LayerNorm = torch.nn.LayerNorm                # theirs goes through fp32
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = module.CLIP(e, resolution, vision_layers, vision_width, patch, 77, vocab_size, width,
                         width // 64, layers).eval()
     for name, value in [*model.named_buffers(), *model.named_parameters()]:
@@ -115,15 +113,11 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def images_in(root, names, count=4, size=(90, 70), suffix=".png"):
-    """root/<name>/<start of the name>_<number>.png, count noise images for each name. -> root"""
-    rng = np.random.default_rng(0)
-    for name in names:
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{name[:3]}_{i}{suffix}")
-    return root
+def one_line(error):
+    """The text of an exception that is to be one line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
 
 
 # ---- tokenizer.py --------------------------------------------------------------------------------
@@ -144,7 +138,6 @@ def test_tokenizer_equals_openais():
     """The same ids as simple_tokenizer.py for 3,000 varied strings, and the same text back."""
     theirs = openai("simple_tokenizer").SimpleTokenizer()
     tokenizer = Tokenizer.openai()
-    assert [tokenizer.sot, tokenizer.eot] == theirs.encode("<|startoftext|><|endoftext|>")
     rng = random.Random(0)
     lengths = set()
     for _ in range(3000):
@@ -208,7 +201,7 @@ def test_byte_pair_encoding_by_hand(texts, merges, tmp_path):
         Tokenizer.from_file(tmp_path / "merges.txt")
 
 
-# ---- clip_model.py -------------------------------------------------------------------------------
+# ---- clip_model.py: both encoders ----------------------------------------------------------------
 
 SHAPES = {   # OpenAI's models: e, resolution, vision layers, vision width, patch, text width
     "RN50": (1024, 224, (3, 4, 6, 3), 64, None, 512),
@@ -252,41 +245,7 @@ def test_encoders_equal_openais(name):
     assert relative(g[0], g[1]) > 1e-2
 
 
-def with_exact_gelu(model):
-    """OpenAI's model with PyTorch's GELU in the place of QuickGELU."""
-    for module in model.modules():
-        if hasattr(module, "mlp"):
-            module.mlp.gelu = torch.nn.GELU()
-    return model
-
-
-def test_exact_gelu_is_pytorchs():
-    """gelu="exact" is OpenAI's model with nn.GELU, prepared or not; "quick" is something else."""
-    theirs = with_exact_gelu(openai_clip(vision_layers=2, vision_width=64, patch=32))
-    exact = CLIP.from_state_dict(theirs.state_dict(), gelu="exact").double()
-    x = torch.randn(2, 3, 64, 64).double()
-    ids = Tokenizer()(["a grid", "polka"])
-    assert relative(exact.encode_image(x), theirs.encode_image(x)) < 1e-12
-    assert relative(ours(theirs).encode_image(x), theirs.encode_image(x)) > 1e-3
-    clip_model.prepare(exact)
-    assert relative(exact.encode_text(ids), theirs.encode_text(ids)) < 1e-12
-    assert relative(exact.encode_image(x), theirs.encode_image(x)) < 1e-5, "now in fp32"
-
-
-def test_nothing_right_of_eot_matters():
-    """Garbage right of eot leaves the features alone; left of it, it does not."""
-    clip = ours(openai_clip())
-    ids = Tokenizer()(["a grid", "polka dots"])
-    g = clip.encode_text(ids)
-    right = ids.clone()
-    right[0, 7:] = 7                                 # eot is at 6 in this text, at 10 in the other
-    left = ids.clone()
-    left[0, 2] = 7
-    assert relative(clip.encode_text(right), g) < 1e-12
-    assert relative(clip.encode_text(left)[0], g[0]) > 1e-3
-
-
-VARIANTS = [(position, csc) for position in ("end", "middle", "front") for csc in (False, True)]
+VARIANTS = list(itertools.product(coop.POSITIONS, (False, True)))
 
 
 def plain_prompts(model, tokenizer, V, names, position):
@@ -357,57 +316,16 @@ def test_packed_equals_plain(position, csc, monkeypatch):
     assert change[1:].max() < 1e-10, "no class sees another one"
 
 
-def test_memory_per_class_falls_with_recomputation():
-    """Per token, 4,000 classes keep for backward() less than a quarter of what 100 classes keep.
-
-    100 are not recomputed.  4,000 keep embeddings and features, and activations of one group.
-    """
-    visual = clip_model.VisionTransformer(32, 32, 64, 1, 8)
-    clip = CLIP(8, visual, 64, 2, vocab_size=514).requires_grad_(False)
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    bytes_per_token = []
-    for K in (100, 4000):
-        kept.clear()
-        learner = PromptLearner(clip, Tokenizer(), [f"class {i}" for i in range(K)], 4)
-        with torch.autograd.graph.saved_tensors_hooks(keep, torch.Tensor.detach):
-            g = clip.encode_prompts(*learner())
-        assert g.requires_grad
-        bytes_per_token.append(sum(kept.values()) / len(learner()[1]))
-    assert bytes_per_token[1] < bytes_per_token[0] / 4
-
-
 def test_contrastive_loss_is_the_papers():
     """-log of the own pair's probability, by row and by column of exp(cosine / tau)."""
-    f = torch.randn(4, 8).double()
-    g = torch.randn(4, 8).double()
+    f, g = torch.randn(2, 4, 8).double()
     scale = torch.tensor(1.3).double()
     weights = (scale.exp() * F.cosine_similarity(f[:, None], g[None], dim=-1)).exp()
     p = torch.cat([weights.diag() / weights.sum(1), weights.diag() / weights.sum(0)])
     assert torch.allclose(clip_model.contrastive_loss(f, g, scale), -p.log().mean(), rtol=1e-12)
 
 
-def test_pretrain_learns_to_match():
-    """Three colors and three words: afterwards each image is nearest to its own word."""
-    torch.manual_seed(0)
-    words = Tokenizer()(["red", "green", "blue"])
-    clip = CLIP(16, clip_model.ModifiedResNet(32, [1, 1, 1, 1], 8, 16), 64, 1, vocab_size=514)
-    color = torch.arange(60) % 3
-    images = 0.3 * torch.randn(60, 3, 32, 32) + F.one_hot(color, 3)[:, :, None, None]
-    progress = mock.Mock()
-    clip_model.pretrain(clip, images, words[color], 60, batch_size=12, progress=progress)
-    assert progress.call_count == 60
-    assert not clip.training
-    with torch.no_grad():
-        cosines = F.normalize(clip.encode_image(images)) @ F.normalize(clip.encode_text(words)).T
-    assert (cosines.argmax(1) == color).double().mean() > 0.9
-
-
-# ---- Weight files --------------------------------------------------------------------------------
+# ---- clip_model.py: weight files -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -524,32 +442,20 @@ def test_every_layout_is_the_same_model(layout, files, small, tmp_path):
     assert not any(parameter.requires_grad for parameter in clip.parameters())
 
 
-REFUSALS = [   # what the messages say, which is what the files below are
-    "only an image tower.*take open_clip_model", "Hugging Face's.*take open_clip_model",
-    "whole pickled module", "old format: save it once more", "Git LFS pointer", "HTML page",
-    "is empty", "neither a zip archive", "File is not a zip", "Bad CRC",
-    "NaN or infinity in ln_final.bias", "stranger", "visual.conv1.weight", "ln_final.weight",
-    "width 1280", "width 1408", "width 1664", "token_embedding.weight: shape",
-    "ln_final.bias: shape", "Unterminated string", "F99",
-]
-
-
 @pytest.fixture(scope="module")
 def unusable(small, files):
     """{what the message must say: the bytes of a file that cannot be used}"""
     sd = small.state_dict()
     whole = files["bare"]
-    tensors = files["safetensors"]
     middle = len(whole) // 2
-    nan = torch.full((64,), math.nan)
+    tensors = files["safetensors"]
     tower = {k: v for k, v in sd.items() if k.startswith("visual.")}
     hugging_face = {"text_model.embeddings.token_embedding.weight": torch.ones(3)}
-    wide = {f"width {width}": saved({**sd, "visual.proj": torch.ones(width, 32),
-                                     "visual.conv1.weight": torch.ones(width, 3, 2, 2)})
-            for width in (1280, 1408, 1664)}
-    return wide | {
+    wide = {"visual.proj": torch.ones(1280, 32), "visual.conv1.weight": torch.ones(1280, 3, 2, 2)}
+    return {
         "only an image tower.*take open_clip_model": saved(tower),
         "Hugging Face's.*take open_clip_model": saved(hugging_face),
+        "width 1280": saved({**sd, **wide}),         # its heads are of 80, with the same names
         "whole pickled module": saved(ours(small)),
         "old format: save it once more": saved(sd, _use_new_zipfile_serialization=False),
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
@@ -558,7 +464,7 @@ def unusable(small, files):
         "neither a zip archive": b"hello\n",
         "File is not a zip": whole[:-100],
         "Bad CRC": whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1:],
-        "NaN or infinity in ln_final.bias": saved({**sd, "ln_final.bias": nan}),
+        "NaN or infinity in ln_final.bias": saved({**sd, "ln_final.bias": torch.tensor(math.nan)}),
         "stranger": saved({**sd, "stranger": torch.ones(3)}),
         "visual.conv1.weight": saved({k: v for k, v in sd.items() if k != "visual.conv1.weight"}),
         "ln_final.weight": saved({**sd, "ln_final.weight": torch.ones(3)}),
@@ -569,31 +475,41 @@ def unusable(small, files):
     }
 
 
-@pytest.mark.parametrize("words", REFUSALS)
-def test_unusable_weight_file(words, unusable, tmp_path):
+def test_unusable_weight_files(unusable, tmp_path):
     """One line names the file and says what it is."""
     path = tmp_path / "bad.pt"
-    path.write_bytes(unusable[words])
-    with pytest.raises(ValueError, match=words) as caught:
-        clip_model.load(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for words, content in unusable.items():
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words) as error:
+            clip_model.load(path)
+        assert str(path) in one_line(error)
 
 
-def test_heads_of_another_width_are_another_function(monkeypatch):
-    """Why those widths are refused: a ViT with heads of 80 has the same names and shapes as ours.
+@pytest.mark.parametrize("layout", ["TorchScript", "bare", "training checkpoint", "safetensors"])
+def test_damage_is_one_line(layout, files, small, tmp_path):
+    """30 damaged copies are refused in one line, or, where damage does no harm, read as before.
 
-    But another result: OpenAI's module with heads of 80 is ours only if HEAD is 80, too.
+    safetensors have no checksums: there a damaged number is another number.
     """
-    theirs = openai("model").VisionTransformer(32, 16, 320, 2, 320 // 80, 16)
-    for block in theirs.transformer.resblocks:
-        block.attn.in_proj_weight.data *= 3          # attention that is far from uniform
-    clip = clip_model.VisionTransformer(32, 16, 320, 2, 16)
-    clip.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, 32, 32)
-    assert relative(clip(x), theirs(x)) > 1e-2
-    monkeypatch.setattr(clip_model, "HEAD", 80)
-    assert relative(clip(x), theirs(x)) < 1e-5
+    rng = random.Random(0)
+    path = tmp_path / "damaged.pt"
+    refused = 0
+    for _ in range(30):
+        damaged = bytearray(files[layout])
+        for _ in range(rng.choice((1, 3, 30))):
+            anywhere = rng.randrange(len(damaged))
+            near_an_end = rng.choice((1, -1)) * rng.randrange(15_000)      # names and shapes
+            damaged[rng.choice((anywhere, near_an_end))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = clip_model.load(path, gelu="quick").state_dict()
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        for name, value in small.state_dict().items():
+            assert layout == "safetensors" or torch.equal(found[name].to(value.dtype), value)
+    assert refused > 10
 
 
 QUICK = {"model_cfg": {"quick_gelu": True}}
@@ -613,7 +529,10 @@ OTHER_DEVIATION = {"preprocess_cfg": {"std": [0.5, 0.5, 0.5]}}
     pytest.param({"preprocess_cfg": {}}, None, "cannot be read", id="no model"),
 ])
 def test_which_gelu(config, asked, expected, files, small, tmp_path, capsys):
-    """The config beside a file decides; without one, quick and a note; a contradiction is said."""
+    """The config beside a file decides; without one, quick and a note; a contradiction is said.
+
+    "exact" is OpenAI's model with PyTorch's GELU, as loaded and prepared.
+    """
     path = tmp_path / "open_clip_model.safetensors"
     path.write_bytes(files["safetensors"])
     if config is not None:
@@ -625,9 +544,11 @@ def test_which_gelu(config, asked, expected, files, small, tmp_path, capsys):
     clip = clip_model.load(path, gelu=asked)
     theirs = copy.deepcopy(small)
     if expected == "exact":
-        with_exact_gelu(theirs)
+        for block in theirs.transformer.resblocks:
+            block.mlp.gelu = torch.nn.GELU()
     ids = Tokenizer()(["a grid", "polka"])
     assert relative(clip.encode_text(ids), theirs.encode_text(ids)) < 1e-5
+    assert relative(clip_model.prepare(clip).encode_text(ids), theirs.encode_text(ids)) < 1e-5
     assert clip.gelu == expected
     note = "QuickGELU and OpenAI's pixel constants are assumed" in capsys.readouterr().err
     assert note == (config is None and asked is None)
@@ -653,36 +574,6 @@ def test_weight_files_run_no_code(program, tmp_path):
     assert not canary.exists()
     pickle.loads(program)
     assert canary.exists(), "control"
-
-
-@pytest.mark.parametrize("layout", ["TorchScript", "bare", "training checkpoint", "safetensors"])
-def test_damage_is_one_line(layout, files, small, tmp_path):
-    """50 damaged copies are refused in one line, or, where damage does no harm, read as before.
-
-    safetensors have no checksums: there a damaged number is another number.
-    """
-    rng = random.Random(0)
-    path = tmp_path / "damaged.pt"
-    refused = 0
-    for _ in range(50):
-        damaged = bytearray(files[layout])
-        for _ in range(rng.choice((1, 3, 30))):
-            anywhere = rng.randrange(len(damaged))
-            near_an_end = rng.choice((1, -1)) * rng.randrange(15_000)      # names and shapes
-            damaged[rng.choice((anywhere, near_an_end))] ^= 1 << rng.randrange(8)
-        if rng.random() < 0.2:
-            del damaged[rng.randrange(len(damaged)):]
-        path.write_bytes(damaged)
-        try:
-            found = clip_model.load(path, gelu="quick").state_dict()
-        except ValueError as error:
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
-            refused += 1
-            continue
-        for name, value in small.state_dict().items():
-            assert layout == "safetensors" or torch.equal(found[name].to(value.dtype), value)
-    assert refused > 25
 
 
 # ---- Downloads -----------------------------------------------------------------------------------
@@ -754,9 +645,7 @@ def mirrors(server, files, monkeypatch):
 
 
 @pytest.mark.parametrize("states, attempts", [
-    ("whole whole whole", 1),
-    ("gone wrong whole", 3),
-    ("stalled cut whole", 3),
+    ("whole whole whole", 1), ("gone wrong whole", 3), ("stalled cut whole", 3),
     ("wrong stalled gone", 3),
 ])
 def test_weights_from_three_places(states, attempts, mirrors, server, files, capsys):
@@ -772,11 +661,10 @@ def test_weights_from_three_places(states, attempts, mirrors, server, files, cap
         assert clip_model.load("RN50").sha256 == clip_model.MODELS["RN50"][0]
         assert place.read_bytes() == files["TorchScript"]
     else:
-        with pytest.raises(OSError, match="RN50 cannot be downloaded") as caught:
+        with pytest.raises(OSError, match="RN50 cannot be downloaded") as error:
             clip_model.load("RN50")
         for part in (*addresses, str(place), "244 MiB"):
-            assert part in str(caught.value)
-        assert "\n" not in str(caught.value)
+            assert part in one_line(error)
     assert list(server.downloads.iterdir()) == ([place] if "whole" in states else [])
     assert server.asked == mirrors[:attempts]
     shown = capsys.readouterr().err
@@ -785,28 +673,25 @@ def test_weights_from_three_places(states, attempts, mirrors, server, files, cap
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.load")
-def test_openais_own_file(mirrors, server, files, tmp_path, monkeypatch):
+def test_openais_own_file(mirrors, server, files, monkeypatch):
     """A file with OpenAI's checksum is not fetched again, a damaged one is.
 
     It is QuickGELU, and torch may run it if our reader does not understand it.
     """
     place = server.downloads / "RN50.pt"
-    place.write_bytes(files["TorchScript"])
-    clip = clip_model.load("RN50")
-    with pytest.raises(ValueError, match="trained with QuickGELU"):
-        clip_model.load("RN50", gelu="exact")
-    assert not server.asked
     place.write_bytes(files["bare"])
     set_page(server, mirrors[1], files["TorchScript"], "whole")
-    clip_model.MIRRORS[0] = "http://127.0.0.1:9/{file}"          # nobody is there
-    clip_model.load("RN50")
+    clip = clip_model.load("RN50")
     assert place.read_bytes() == files["TorchScript"]
-
+    server.asked.clear()
+    with pytest.raises(ValueError, match="trained with QuickGELU"):
+        clip_model.load("RN50", gelu="exact")
     monkeypatch.setattr(clip_model, "read_weights", mock.Mock(side_effect=ValueError("unread")))
     assert torch.equal(clip_model.load("RN50").text_projection, clip.text_projection)
-    (tmp_path / "other.pt").write_bytes(files["TorchScript"] + b" ")
+    assert not server.asked
+    place.with_name("other.pt").write_bytes(files["TorchScript"] + b" ")
     with pytest.raises(ValueError, match="unread"):
-        clip_model.load(tmp_path / "other.pt")
+        clip_model.load(place.with_name("other.pt"))
 
 
 def test_names_and_addresses_are_openais(server):
@@ -818,25 +703,19 @@ def test_names_and_addresses_are_openais(server):
         with mock.patch.object(clip_model, "download") as download:
             clip_model.fetch(name)
         url, _, digest = download.call_args.args
-        assert url == address
-        assert digest in address.split("/")
+        assert url == address and digest in address.split("/")
     with pytest.raises(ValueError, match=f"'RN51': neither a file nor one of {', '.join(theirs)}"):
         clip_model.load("RN51")
 
 
-@pytest.fixture(scope="module")
-def vocabulary():
-    """The bytes of CLIP's vocabulary file, wherever this machine has it."""
-    return tokenizer_module.find_vocabulary().read_bytes()
-
-
-def test_vocabulary_is_found_or_downloaded(vocabulary, server, tmp_path, monkeypatch):
+def test_vocabulary_is_found_or_downloaded(server, tmp_path, monkeypatch):
     """The cached file if it is sound, else a package's, else a download, else one line."""
+    package = importlib.util.find_spec("clip").submodule_search_locations[0]
+    vocabulary = pathlib.Path(package, tokenizer_module.VOCABULARY).read_bytes()
     packaged = tmp_path / tokenizer_module.VOCABULARY
     packaged.write_bytes(vocabulary)
     cached = server.downloads / tokenizer_module.VOCABULARY
-    package = mock.Mock(submodule_search_locations=[str(tmp_path)])
-    find_spec = mock.Mock(return_value=package)
+    find_spec = mock.Mock(return_value=mock.Mock(submodule_search_locations=[str(tmp_path)]))
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     for content, found in ((b"", packaged), (vocabulary, cached), (vocabulary[:-1], packaged)):
         cached.write_bytes(content)
@@ -847,24 +726,16 @@ def test_vocabulary_is_found_or_downloaded(vocabulary, server, tmp_path, monkeyp
     monkeypatch.setattr(tokenizer_module, "URL", url)
     for state in ("gone", "wrong", "cut", "stalled"):
         set_page(server, "/vocabulary", vocabulary, state)
-        with pytest.raises(OSError, match=re.escape(f"put {url} at {cached}")) as caught:
+        with pytest.raises(OSError, match=re.escape(f"put {url} at {cached}")) as error:
             Tokenizer.openai()
-        assert "\n" not in str(caught.value)
-        assert not list(server.downloads.iterdir())
+        assert one_line(error) and not list(server.downloads.iterdir())
     set_page(server, "/vocabulary", vocabulary, "whole")
     assert Tokenizer.openai().encode("a cat") == [320, 2368]
     assert cached.read_bytes() == vocabulary
-
-
-@pytest.mark.parametrize("content", [
-    pytest.param(b"\x1f\x8b junk", id="junk"),
-    pytest.param(gzip.compress(b"#version\na b\n"), id="short"),
-    pytest.param(gzip.compress(b"#version\n" + b"a b c\n" * 48894), id="three symbols"),
-])
-def test_damaged_vocabulary(content, tmp_path):
-    (tmp_path / "vocabulary.gz").write_bytes(content)
-    with pytest.raises(ValueError, match="vocabulary.gz is not CLIP's vocabulary"):
-        Tokenizer.openai(tmp_path / "vocabulary.gz")
+    for content in (b"\x1f\x8b junk", gzip.compress(b"#version\n" + b"a b c\n" * 48894)):
+        packaged.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{packaged.name} is not CLIP's vocabulary"):
+            Tokenizer.openai(packaged)
 
 
 # ---- coop.py: the method -------------------------------------------------------------------------
@@ -887,9 +758,8 @@ def test_learning_rate_is_pytorchs(T):
 @pytest.mark.parametrize("N, sizes", [(188, [32] * 5), (64, [32, 32]), (33, [32]), (12, [12])])
 def test_batches(N, sizes):
     """A new shuffle every epoch; a small last batch is dropped unless it is alone; by seed."""
-    epochs = coop.batches(N, 30, seed=1)
     shuffles = []
-    for epoch in epochs:
+    for epoch in coop.batches(N, 30, seed=1):
         assert [len(batch) for batch in epoch] == sizes
         shuffles.append(torch.cat(epoch).tolist())
         assert len(set(shuffles[-1])) == sum(sizes), "no image twice"
@@ -925,44 +795,35 @@ def test_prompts_token_by_token(position, csc):
         assert found == [49406, *expected, 49407], name
 
 
-@pytest.mark.parametrize("position, csc", VARIANTS)
-def test_prompt_of_words_is_the_sentence(position, csc):
-    """With V the embeddings of "a photo of a", prompts have the features of the sentences."""
-    clip = ours(openai_clip(vocab_size=49408))
-    tokenizer = Tokenizer.openai()
-    sentence = {"end": "a photo of a {}.", "middle": "a photo {} of a.",
-                "front": "{} a photo of a."}[position]
-    learner = PromptLearner(clip, tokenizer, NAMES, 99, position, csc, init="a_photo of a")
-    assert learner.V.shape == ((len(NAMES), 4, 128) if csc else (4, 128))
-    assert [name for name, _ in learner.named_parameters()] == ["V"]
-    ids = tokenizer([sentence.format(name.replace("_", " ")) for name in NAMES])
-    assert relative(clip.encode_prompts(*learner()), clip.encode_text(ids)) < 1e-10
-    learner.V.data[..., 0, 0] += 1                   # control
-    assert relative(clip.encode_prompts(*learner()), clip.encode_text(ids)) > 1e-3
-
-
 @pytest.mark.parametrize("csc, shape, P", [(False, (60, 128), 61), (True, (3, 60, 128), 1)])
-def test_context_starts_as_small_noise(csc, shape, P):
-    """V ~ N(0, 0.02^2), fp32; one for all classes, which share its tokens, or one for each."""
+def test_where_V_starts(csc, shape, P):
+    """V ~ N(0, 0.02^2), fp32; one for all classes, which share its tokens, or one for each.
+
+    Or the embeddings of given words; M is then their number.  V is the only parameter.
+    """
     torch.manual_seed(0)
     clip = ours(openai_clip(double=False))
     learner = PromptLearner(clip, Tokenizer(), ["a", "b", "c"], M=60, csc=csc)
-    assert learner.V.shape == shape
+    assert learner.V.shape == shape and len(learner()[0]) == P
     assert learner.V.std().item() == pytest.approx(0.02, rel=0.05)
     assert abs(learner.V.mean().item()) < 0.001
-    assert len(learner()[0]) == P
+    learner = PromptLearner(clip, Tokenizer(), ["a", "b", "c"], 99, csc=csc, init="hi_there")
+    words = clip.token_embedding(torch.tensor(Tokenizer().encode("hi there")))
+    assert torch.equal(learner.V, words.expand((3, 7, 128) if csc else (7, 128)))
+    assert [name for name, _ in learner.named_parameters()] == ["V"]
 
 
 def test_what_a_prompt_learner_refuses():
-    """Too long a prompt, with the name and what would fit; no context; another vocabulary."""
+    """Too long a prompt, with the name and the number of tokens; no context; other tokens."""
     clip = ours(openai_clip(layers=1))
     fits = "n" * 58                                  # and sot, 16 vectors, a period, eot: 77
     clip.encode_prompts(*PromptLearner(clip, Tokenizer(), ["cat", fits])())
-    with pytest.raises(ValueError, match=f"'{fits}n' is too long.* 78 .* 77; M can be 15 at most"):
+    with pytest.raises(ValueError, match=f"'{fits}n' is too long .* 78 tokens .* reads 77"):
         PromptLearner(clip, Tokenizer(), ["cat", fits + "n"])
     PromptLearner(clip, Tokenizer(), ["cat", fits + "n"], M=15)
-    with pytest.raises(ValueError, match="M = 0"):
-        PromptLearner(clip, Tokenizer(), ["cat"], M=0)
+    for M in (0, 78):
+        with pytest.raises(ValueError, match=f"M = {M}: expected 1 to 77"):
+            PromptLearner(clip, Tokenizer(), ["cat"], M=M)
     with pytest.raises(ValueError, match="49408 ids and this CLIP 514"):
         PromptLearner(clip, Tokenizer.openai(), ["cat"])
     with pytest.raises(ValueError, match="prompt of 78 tokens; this model reads 77"):
@@ -1047,19 +908,20 @@ def test_any_loss_and_kgcoops():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_progress_and_a_loss_that_is_no_number(number):
-    """After each epoch its mean loss and accuracy are reported; NaN or infinity ends training."""
+def test_a_loss_that_is_no_number_ends_training(number):
+    """In the epoch that it comes in; until then each epoch reports its mean loss."""
     clip = ours(openai_clip())
     learner = PromptLearner(clip, Tokenizer(), NAMES, 2)
-    g = F.normalize(clip.encode_prompts(*learner()), dim=1).detach()
-    features = g[:4, None].repeat(1, 3, 1)
+    features = torch.randn(4, 3, 32).double()
     features[3, 1] = number                          # of the second epoch
-    labels = torch.tensor([0, 1, 2, 0])              # three of four are right
-    loss = minus_log_probability(clip.logit_scale.exp() * features[:, 0] @ g.T, labels, g)
+    labels = torch.arange(4)
+    f = F.normalize(features[:, 0], dim=1)
+    g = F.normalize(clip.encode_prompts(*learner()), dim=1).detach()
+    loss = minus_log_probability(clip.logit_scale.exp() * f @ g.T, labels, g)
     progress = mock.Mock()
     with pytest.raises(ValueError, match="loss is NaN or infinite in epoch 1"):
         coop.train(clip, learner, features, labels, 3, progress=progress)
-    progress.assert_called_once_with(f"loss {loss:.3f}, training accuracy 75 %")
+    progress.assert_called_once_with(f"loss {loss:.3f}")
 
 
 def test_classify_and_evaluate():
@@ -1081,12 +943,10 @@ def test_zero_shot_and_ensembles():
     parts = []
     for template in templates:
         texts = [template.replace("{}", name.replace("_", " ")) for name in names]
-        g = model.encode_text(Tokenizer()(texts))
-        parts.append(g / g.norm(dim=1, keepdim=True))
-    mean = (parts[0] + parts[1]) / 2
-    mean = mean / mean.norm(dim=1, keepdim=True)
+        parts.append(F.normalize(model.encode_text(Tokenizer()(texts)), dim=1))
     clip = ours(model)
     assert relative(coop.zero_shot(clip, Tokenizer(), templates[0], names), parts[0]) < 1e-12
+    mean = F.normalize(parts[0] + parts[1], dim=1)
     assert relative(coop.zero_shot(clip, Tokenizer(), templates, names), mean) < 1e-12
     assert relative(mean, parts[0]) > 1e-3, "control"
 
@@ -1127,21 +987,6 @@ def newton(objective, size):
         w = w - step
 
 
-def probe_data(classes, shots):
-    """Features (N, 6) with much in common, as CLIP's have, labels, and centered features (N, 7)."""
-    torch.manual_seed(0)
-    labels = torch.tensor(classes * shots)
-    noise = 0.5 * torch.randn(len(labels), 6)
-    f = 10 * torch.randn(6) + torch.randn(6, 6)[labels] + noise
-    centered = f.double() - f.double().mean(0)       # the biases take the mean
-    return f, labels, F.pad(centered, (0, 1), value=1.0)
-
-
-def spread(logits):
-    """Without their mean, which no probability depends on."""
-    return logits - logits.mean(1, keepdim=True)
-
-
 @pytest.mark.parametrize("classes", [[0, 1], [0, 1, 3, 4]], ids=["two", "four"])
 @pytest.mark.parametrize("shots", [1, 8])
 @pytest.mark.parametrize("C", [1e6, 1e3, 1, 1e-3, 1e-6])
@@ -1151,55 +996,42 @@ def test_linear_probe_is_at_its_optimum(C, shots, classes, monkeypatch):
     Two classes have one vector, as in scikit-learn: the first one's weights are zero.  A class
     without training images, here 2 and 5, is never predicted.
     """
-    f, labels, x = probe_data(classes, shots)
-    f_val = torch.cat([f, f[:2]])
-    labels_val = torch.cat([labels, torch.tensor([2, 5])])
+    torch.manual_seed(0)
+    labels = torch.tensor(classes * shots)
+    noise = 0.5 * torch.randn(len(labels), 6)
+    f = 10 * torch.randn(6) + torch.randn(6, 6)[labels] + noise      # much in common, as CLIP's
+    x = F.pad(f.double() - f.double().mean(0), (0, 1), value=1.0)    # the biases take the mean
+    val = (torch.cat([f, f[:2]]), torch.cat([labels, torch.tensor([2, 5])]))
     search_C = mock.Mock(return_value=C)
     monkeypatch.setattr(coop, "search_C", search_C)
-    W, b, _ = coop.linear_probe((f, labels), (f_val, labels_val))
+    W, b, _ = coop.linear_probe((f, labels), val)
     logits = f.double() @ W.T + b
     accuracy, = search_C.call_args.args
-    assert accuracy(C) == (logits.argmax(1) == labels).sum(), "C is chosen on validation images"
-    assert logits.shape == (len(f), 6)
+    correct = (val[0].double() @ W.T + b).argmax(1) == val[1]
+    assert accuracy(C) == correct.sum(), "C is chosen on validation images"
     without = [i for i in range(6) if i not in classes]
-    assert (logits[:, without] == -math.inf).all()
+    assert logits.shape == (len(f), 6) and (logits[:, without] == -math.inf).all()
 
     rows = torch.tensor([0, 1, -1, 2, 3])[labels]
     vectors = 1 if len(classes) == 2 else len(classes)
 
-    def objective(w):
-        w = F.pad(w.reshape(vectors, 7), (0, 0, len(classes) - vectors, 0))
-        losses = F.cross_entropy(x @ w.T, rows, reduction="sum")
-        return w[:, :-1].square().sum() / 2 + C * losses
+    def spread(logits):
+        return logits - logits.mean(1, keepdim=True)                 # no probability depends on it
 
-    w = newton(objective, 7 * vectors).reshape(vectors, 7)
-    optimum = spread(x @ F.pad(w, (0, 0, len(classes) - vectors, 0)).T)
+    def weights(w):
+        return F.pad(w.reshape(vectors, 7), (0, 0, len(classes) - vectors, 0))
+
+    def objective(w):
+        losses = F.cross_entropy(x @ weights(w).T, rows, reduction="sum")
+        return weights(w)[:, :-1].square().sum() / 2 + C * losses
+
+    optimum = spread(x @ weights(newton(objective, 7 * vectors)).T)
     assert relative(spread(logits[:, classes]), optimum) < 2e-3
     assert relative(1.01 * spread(logits[:, classes]), optimum) > 2e-3, "control: 1 % is seen"
 
 
-@pytest.mark.parametrize("classes", [[0, 1], [0, 1, 2, 3]], ids=["two", "four"])
-@pytest.mark.parametrize("C", [1e-2, 1.0, 1e2])
-def test_linear_probe_is_scikit_learns(C, classes, monkeypatch):
-    """The coefficients are LogisticRegression's; for other C that stops before its own optimum."""
-    sklearn = pytest.importorskip(
-        "sklearn.linear_model", reason="compared where it is installed: pip install scikit-learn")
-    f, labels, x = probe_data(classes, 8)
-    monkeypatch.setattr(coop, "search_C", mock.Mock(return_value=C))
-    W, _, _ = coop.linear_probe((f, labels), (f, labels))
-    if len(classes) == 2:
-        W = W[1:] - W[:1]
-    theirs = sklearn.LogisticRegression(C=C, tol=1e-9, max_iter=5000)
-    theirs.fit(x[:, :-1].numpy(), labels.numpy())
-    assert relative(W, torch.from_numpy(theirs.coef_)) < 1e-4
-
-
 @pytest.mark.parametrize("peak, expected", [
-    (2.7, 2.703125),
-    (0.99, 0.984375),
-    (3.2, 3.203125),
-    (-9, -7),
-    (9, 7),
+    (2.7, 2.703125), (0.99, 0.984375), (3.2, 3.203125), (-9, -7), (9, 7),
 ])
 def test_search_C_by_pencil_and_paper(peak, expected):
     """The search ends where it does on paper, if accuracy falls in a line from a peak.
@@ -1237,15 +1069,12 @@ def test_few_shot_is_the_official_sample():
 
 def test_base_and_new_and_wrong_labels():
     """Base is the first half, rounded up.  Exactly the share asked for is wrong, none by chance."""
-    assert data.subset(5, "all") == [0, 1, 2, 3, 4]
-    assert data.subset(5, "base") == [0, 1, 2]
-    assert data.subset(5, "new") == [3, 4]
+    assert [data.subset(5, part) for part in coop.SPLITS] == [[0, 1, 2, 3, 4], [0, 1, 2], [3, 4]]
     labels = [i % 5 for i in range(40)]
     noisy = data.mislabel(labels, 0.25, 5, seed=1)
     assert sum(a != b for a, b in zip(labels, noisy)) == 10
     assert set(noisy) <= set(range(5))
-    assert noisy == data.mislabel(labels, 0.25, 5, seed=1)
-    assert noisy != data.mislabel(labels, 0.25, 5, seed=2)
+    assert noisy == data.mislabel(labels, 0.25, 5, seed=1) != data.mislabel(labels, 0.25, 5, seed=2)
 
 
 def official_test_crop(image, R):
@@ -1321,13 +1150,25 @@ def test_train_crop_of_a_strip(width, height, box):
     assert crops == {middle.tobytes(), middle[:, ::-1].tobytes()}
 
 
+def paint(root, names, counts, size=(32, 32), seed=0):
+    """root/<name>/<name>_<number>.png: noise around a color for each class.  -> root"""
+    rng = np.random.default_rng(seed)
+    for name, count in zip(names, counts):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        color = np.random.default_rng(list(name.encode())).uniform(0, 255, 3)
+        for i in range(count):
+            pixels = rng.normal(color, 70, (*size, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name[:3]}_{i}.png")
+    return root
+
+
 def test_crops_are_a_pure_function_of_image_and_epoch(tmp_path):
     """Crop (i, n) is the same whatever else is asked for, and wherever the folder lies."""
-    here = sorted(images_in(tmp_path / "one", ["a", "b"]).glob("*/*"))
-    there = sorted(images_in(tmp_path / "far" / "away", ["a", "b"]).glob("*/*"), reverse=True)
+    here = sorted(paint(tmp_path / "one", "ab", [4, 4], (70, 90)).glob("*/*"))
+    there = sorted(paint(tmp_path / "far" / "away", "ab", [4, 4], (70, 90)).glob("*/*"))[::-1]
     numbers = [0, 1, 2, data.TEST]
     crops = list(data.crops([(path, numbers) for path in here], 32))
-    assert [(path, n) for path, n, _ in crops] == [(path, n) for path in here for n in numbers]
+    assert [(path, n) for path, n, _ in crops] == list(itertools.product(here, numbers))
     assert len({pixels.tobytes() for _, _, pixels in crops}) == 8 * 4, "control: all differ"
     first = {(path.name, n): pixels for path, n, pixels in crops}
     for path, n, pixels in data.crops([(path, [2, 0]) for path in there], 32):
@@ -1336,15 +1177,15 @@ def test_crops_are_a_pure_function_of_image_and_epoch(tmp_path):
     assert np.array_equal(first[here[0].name, data.TEST], middle)
 
 
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
 def test_normalize():
     """(pixel / 255 - mean) / std with CLIP's constants, colors in front."""
-    pixels = torch.randint(0, 256, (2, 5, 6, 3), dtype=torch.uint8)
-    x = data.normalize(pixels).double()
-    assert x.shape == (2, 3, 5, 6)
-    constants = [(0.48145466, 0.26862954), (0.4578275, 0.26130258), (0.40821073, 0.27577711)]
-    for channel, (mean, std) in enumerate(constants):
-        expected = (pixels[..., channel].double() / 255 - mean) / std
-        assert torch.allclose(x[:, channel], expected, atol=1e-6)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 6, 3), dtype=np.uint8)
+    expected = ((pixels / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+    assert np.allclose(data.normalize(torch.from_numpy(pixels)), expected, atol=1e-6)
 
 
 # ---- data.py: reading images ---------------------------------------------------------------------
@@ -1412,7 +1253,7 @@ def test_photographs_are_turned_upright(tmp_path, orientation, stored):
 
 def test_all_broken_images_are_named_at_once(tmp_path):
     """With what they are instead; but only if one of those that are needed is broken."""
-    dataset = data.load_dataset(images_in(tmp_path / "mine", ["cat", "dog"], 10))
+    dataset = data.load_dataset(paint(tmp_path / "mine", ["cat", "dog"], [10, 10]))
     paths = [path for path, _ in dataset.train + dataset.val + dataset.test]
     png = paths[0].read_bytes()
     broken = {
@@ -1421,30 +1262,30 @@ def test_all_broken_images_are_named_at_once(tmp_path):
         "empty": b"",
         "damaged": png[:20],
         "no format": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
-        "No such file": None,
-        "32-bit float": None,
+        "No such file": b"",
+        "32-bit float": b"",
     }
     for path, content in zip(paths, broken.values()):
-        path.write_bytes(content or b"")
+        path.write_bytes(content)
     paths[5].unlink()
     Image.new("F", (4, 4)).save(paths[6], format="TIFF")
     data.check_images(paths[7:], dataset)            # none of these is broken
     with pytest.raises(ValueError, match="7 of 20 images cannot be read") as error:
         data.check_images(paths[6:7], dataset)
     for path, words in zip(paths, broken):
-        assert re.search(f"{words}[^;]*{path.name}", str(error.value))
+        assert re.search(f"{words}[^;]*{path.name}", one_line(error))
 
     paths[0].write_bytes(png[:len(png) // 2])
     data.check_images(paths[:1], dataset)            # the header is sound
-    with pytest.raises(ValueError, match=f"cannot read image .*{paths[0].name}"):
-        data.read_image(paths[0])
     with mock.patch("PIL.EpsImagePlugin.Ghostscript") as ghostscript:
-        with pytest.raises(ValueError, match="cannot read image"):
-            data.read_image(paths[4])
+        for path in (paths[0], paths[4]):
+            with pytest.raises(ValueError, match=f"cannot read image .*{path.name}"):
+                data.read_image(path)
         ghostscript.assert_not_called()              # PostScript is a program
 
 
-# ---- data.py: files ------------------------------------------------------------------------------
+# ---- data.py: files and folders ------------------------------------------------------------------
+
 
 def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     """If its writer or the disk fails, the old file stays and nothing lies beside it."""
@@ -1462,35 +1303,8 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="No space"):
                 with data.atomic_write(file) as out:
                     out.write(b"new")
-    assert file.read_bytes() == b"old"
-    assert list(file.parent.iterdir()) == [file]
+    assert file.read_bytes() == b"old" and list(file.parent.iterdir()) == [file]
 
-
-def test_feature_cache(tmp_path, capsys):
-    """What was saved comes back bit for bit; what is damaged is absent, with one line on stderr."""
-    features = torch.randn(3, 1024)
-    cache = data.FeatureCache(tmp_path / "a" / "cache")
-    assert cache.load("key", (3, 1024)) is None and not cache.has("key")
-    cache.save("key", features)
-    assert cache.has("key")
-    assert torch.equal(cache.load("key", (3, 1024)), features)
-    assert capsys.readouterr().err == ""
-    file = tmp_path / "a" / "cache" / "key.npz"
-    sound = file.read_bytes()
-    flipped = bytearray(sound)
-    flipped[len(sound) // 2] ^= 1
-    doubles = io.BytesIO()
-    np.savez(doubles, features=features.double().numpy())
-    for damaged in (bytes(flipped), sound[:-30], sound[:500], b"", doubles.getvalue()):
-        file.write_bytes(damaged)
-        assert cache.load("key", (3, 1024)) is None
-        assert re.fullmatch(r"note: .*key\.npz is damaged .*\n", capsys.readouterr().err)
-    cache.save("key", features[:2])
-    assert cache.load("key", (3, 1024)) is None, "another chunk than the key says"
-    assert list(file.parent.iterdir()) == [file]
-
-
-# ---- data.py: the paper's datasets ---------------------------------------------------------------
 
 def lay_out(root, layout):
     """Files in folders, from "train/* 3; owl/; a.csv; b.txt = one, two".  -> root
@@ -1578,27 +1392,12 @@ def test_bad_split_files(tmp_path, old, new, error):
     file = root / "split_zhou_Mine.json"
     file.write_text(SPLIT)
     data.load_dataset(root)                          # control: nothing else is wrong
-    assert old in SPLIT
     new = new.replace("OUTSIDE", (tmp_path / "outside.jpg").as_posix())
+    assert old in SPLIT
     file.write_text(SPLIT.replace(old, new))
     with pytest.raises(ValueError, match=error):
         data.load_dataset(root)
 
-
-def test_aircraft(tmp_path):
-    """Labels are in the order of variants.txt, images in that of their lists."""
-    lay_out(tmp_path, "images 6; variants.txt = 707-320, DC 10; "
-            "images_variant_train.txt = 0 DC 10, 1 707-320; "
-            "images_variant_val.txt = 3 DC 10, 2 707-320; images_variant_test.txt = 4 DC 10")
-    dataset = data.load_dataset(tmp_path)
-    assert dataset.name == "fgvc_aircraft"
-    assert dataset.template == "a photo of a {}, a type of aircraft."
-    assert dataset.classnames == ["707-320", "DC 10"]
-    assert dataset.val == [(tmp_path / "images/3.jpg", 1), (tmp_path / "images/2.jpg", 0)]
-    assert sizes(dataset) == (2, 2, 1)
-
-
-# ---- data.py: folders as people have them --------------------------------------------------------
 
 @pytest.mark.parametrize("n, counts", [
     (2, (1, 0, 1)), (3, (1, 1, 1)), (4, (2, 1, 1)), (5, (2, 1, 2)), (6, (3, 1, 2)), (7, (4, 1, 2)),
@@ -1621,6 +1420,8 @@ def test_class_folders_are_split_50_20_30(tmp_path, n, counts):
 WORDS = {"n01440764": "tench", "n01484850": "white shark", "n02012849": "crane",
          "0": "white shark", "2": "crane"}           # ImageNetV2: lines of the list
 LIST = "; classnames.txt = n01484850 white shark, n01440764 tench, n02012849 crane"
+AIRCRAFT = ("images 6; variants.txt = 707-320, DC 10; images_variant_train.txt = 0 DC 10, 1 707-320"
+            "; images_variant_val.txt = 3 DC 10, 2 707-320; images_variant_test.txt = 4 DC 10")
 FOLDERS = {   # what: (layout, classes, images for training, validation and testing, notes)
     "parts": ("train/* 3; val/* 2; test-set/* 4", "cat, dog", (6, 4, 8), "^$"),
     "capitals": ("Train/* 3; VALID/* 2; Test Data/*/0.JPG", "cat, dog", (6, 4, 2), "^$"),
@@ -1644,7 +1445,7 @@ FOLDERS = {   # what: (layout, classes, images for training, validation and test
                "sub-folders .* passed over: 3; first: dog/puppies/small/0.jpg"),
     "hidden": ("* 4; dog/.ipynb_checkpoints 3; .git 3; dog/._0.jpg; __MACOSX/* 3; dog/Thumbs.db",
                "cat, dog", (4, 2, 2), "^$"),
-    "numbers": ("0 4; 1 4", "0, 1", (4, 2, 2), "2 class names have codes in them, e.g. 0: CLIP needs"),
+    "numbers": ("0 4; 1 4", "0, 1", (4, 2, 2), "2 class names have codes in them, e.g. 0: CLIP"),
     "wnids": ("n01440764 4; owl 4", "n01440764, owl", (4, 2, 2), "1 class .* e.g. n01440764"),
     "plain list": ("* 4; classnames.txt = cat, fox", "cat, dog", (4, 2, 2), "^$"),
     "other split file": ("* 4; split_mine.json", "cat, dog", (4, 2, 2),
@@ -1656,6 +1457,7 @@ FOLDERS = {   # what: (layout, classes, images for training, validation and test
     "V2": ("x/0 1; x/2 2" + LIST, "white shark, crane", (0, 0, 3), "^$"),
     "byte-order mark": ("n01484850 4; n01440764 4" + LIST.replace("= ", "= \ufeff"),
                         "tench, white shark", (4, 2, 2), "^$"),
+    "Aircraft": (AIRCRAFT, "707-320, DC 10", (2, 2, 1), "classes without test images: 707"),
 }
 
 
@@ -1664,10 +1466,15 @@ def test_folders_as_people_have_them(tmp_path, monkeypatch, layout, classes, cou
     """Learned from, with a note of all that is passed over.  "." is a folder, too."""
     monkeypatch.chdir(lay_out(tmp_path, layout))
     dataset = data.load_dataset(".")
-    assert dataset.name == ("imagenet" if "val/n" in layout else tmp_path.name)
     assert ", ".join(dataset.classnames) == classes
     assert sizes(dataset) == counts
     assert re.search(notes, "; ".join(dataset.notes)), dataset.notes
+    if layout == AIRCRAFT:                           # images in the order of their lists
+        assert dataset.name == "fgvc_aircraft"
+        assert dataset.template == "a photo of a {}, a type of aircraft."
+        assert [(path.name, label) for path, label in dataset.val] == [("3.jpg", 1), ("2.jpg", 0)]
+        return
+    assert dataset.name == ("imagenet" if "val/n" in layout else tmp_path.name)
     words = WORDS if "classnames.txt" in layout else {}
     for path, label in dataset.train + dataset.val + dataset.test:
         assert dataset.classnames[label] == words.get(path.parent.name, path.parent.name)
@@ -1704,31 +1511,27 @@ REFUSED = {   # what: (layout, error)
 @pytest.mark.parametrize("layout, error", REFUSED.values(), ids=REFUSED)
 def test_folders_that_are_no_dataset(tmp_path, layout, error):
     """Refused with what was found and what was expected."""
-    lay_out(tmp_path / "mine", layout)
     with pytest.raises(ValueError, match=error):
-        data.load_dataset(tmp_path / "mine")
+        data.load_dataset(lay_out(tmp_path / "mine", layout))
 
 
 def test_all_images_of_a_folder(tmp_path):
     """Sorted by folder, without hidden names and junk; links are followed, but not in circles."""
     root = lay_out(tmp_path / "mine", "b 1; a 2; a/c 1; a/x.txt; .git 1; a/__MACOSX 1; a/._0.jpg")
-    lay_out(tmp_path / "elsewhere", "cat 1")
     found = ["a/0.jpg", "a/1.jpg", "a/c/0.jpg", "b/0.jpg"]
     assert [path.relative_to(root).as_posix() for path in data.find_images(root)] == found
     try:
         (root / "a" / "up").symlink_to(root, target_is_directory=True)
-        (root / "owl").symlink_to(tmp_path / "elsewhere" / "cat", target_is_directory=True)
+        (root / "owl").symlink_to(lay_out(tmp_path / "elsewhere", "1 1"), target_is_directory=True)
     except OSError:
         pytest.skip("this system does not let everybody make links")
-    found.append("owl/0.jpg")
+    found.append("owl/1/0.jpg")
     assert [path.relative_to(root).as_posix() for path in data.find_images(root)] == found
-    lay_out(root, "b 2; owl 2")
-    assert data.load_dataset(root).classnames == ["a", "b", "owl"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all file names are Unicode")
 def test_a_file_name_need_not_be_utf8(tmp_path):
-    root = images_in(tmp_path, ["cat", "dog"], 2)
+    root = paint(tmp_path, ["cat", "dog"], [2, 2])
     os.rename(root / "dog" / "dog_0.png", os.fsencode(root / "dog") + b"/caf\xe9.png")
     dataset = data.load_dataset(root)
     paths = [path for path, _ in dataset.train + dataset.test]
@@ -1737,118 +1540,52 @@ def test_a_file_name_need_not_be_utf8(tmp_path):
     assert len(list(data.crops([(path, [0, data.TEST]) for path in paths], 32))) == 8
 
 
-# ---- data.py: downloading DTD --------------------------------------------------------------------
-
 def dtd_archive(*more):
     """A small dtd-r1.0.1.tar.gz, as bytes; with more members, if wanted."""
-    names = [f"dtd/images/{name}/{i}.jpg" for name in ("cat", "zebra") for i in range(3)]
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as tar:
-        for name in [*names, "dtd/labels/train1.txt"]:
-            tar.addfile(tarfile.TarInfo(name))
-        for member in more:
+        for name, i in itertools.product(("cat", "zebra"), range(3)):
+            tar.addfile(tarfile.TarInfo(f"dtd/images/{name}/{i}.jpg"))
+        for member in (tarfile.TarInfo("dtd/labels/train1.txt"), *more):
             tar.addfile(member)
     return content.getvalue()
 
 
-@pytest.fixture
-def dtd_server(tmp_path, monkeypatch):
-    """The folder that a web server on this machine shows, to which DTD's addresses lead."""
-    folder = lay_out(tmp_path / "www", "readme.txt")
-    monkeypatch.chdir(folder)                        # what this handler shows
-    monkeypatch.setenv("no_proxy", "*")
-    handler = http.server.SimpleHTTPRequestHandler
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        for name, file, content in (("DTD", "dtd.tar.gz", dtd_archive()),
-                                    ("DTD_SPLIT", "split.json", SPLIT.encode())):
-            (folder / file).write_bytes(content)
-            address = f"http://127.0.0.1:{server.server_port}/{file}"
-            monkeypatch.setattr(data, name, (address, hashlib.sha256(content).hexdigest()))
-        yield folder
-        server.shutdown()
-
-
-def test_dtd_is_fetched_completely_or_not_at_all(tmp_path, dtd_server):
+def test_dtd_is_fetched_completely_or_not_at_all(tmp_path, server, monkeypatch):
     """Gone, cut off, wrong: one OSError that names the address, and nothing under a final name."""
     root = tmp_path / "new" / "dtd"
     lay_out(root.parent, "dtd-r1.0.1.tar.gz; dtd.unpacking/dtd/old.txt")      # of an earlier try
-    for file in (dtd_server / "dtd.tar.gz", dtd_server / "split.json"):
-        right = file.read_bytes()
-        file.unlink()
-        for wrong in (None, right[:-1], b"<html>please log in</html>"):
-            if wrong is not None:
-                file.write_bytes(wrong)
-            with pytest.raises(OSError, match=f"cannot download http://127.*{file.name} .* put it"):
+    files = {"/dtd.tar.gz": dtd_archive(), "/split.json": SPLIT.encode()}
+    for name, (path, content) in zip(("DTD", "DTD_SPLIT"), files.items()):
+        digest = hashlib.sha256(content).hexdigest()
+        monkeypatch.setattr(data, name, (server.url + path, digest))
+    for path, content in files.items():
+        for state in ("gone", "cut", "wrong"):
+            set_page(server, path, content, state)
+            with pytest.raises(OSError, match=f"cannot download http://127.*{path} .* put it"):
                 data.load_dataset(root)
-            assert root.exists() == (file.name == "split.json")
-            assert not list(root.glob("*.json"))
-        file.write_bytes(right)
+            assert root.exists() == (path == "/split.json") and not list(root.glob("*.json"))
+        set_page(server, path, content, "whole")
     dataset = data.load_dataset(root)
     assert (dataset.classnames, sizes(dataset)) == (["grevy zebra", "cat"], (3, 2, 1))
-    assert not (root / "old.txt").exists()
     assert sorted(os.listdir(root.parent)) == ["dtd", "dtd-r1.0.1.tar.gz"]
-    (dtd_server / "dtd.tar.gz").unlink()
-    (dtd_server / "split.json").unlink()
+    assert not (root / "old.txt").exists()
+    server.pages.clear()
     assert data.load_dataset(root) == dataset, "fetched once"
 
 
 @pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="a Python before 3.10.12")
-@pytest.mark.parametrize("name", ["../outside.txt", "dtd/../../outside.txt", "dtd/link"])
-def test_unpacking_stays_inside(tmp_path, monkeypatch, name):
+def test_unpacking_stays_inside(tmp_path, monkeypatch):
     """A member that leads outside is refused, and nothing is written there."""
-    member = tarfile.TarInfo(name)
-    if name == "dtd/link":
-        member.type = tarfile.SYMTYPE
-        member.linkname = "../../.."
-    archive = dtd_archive(member)
+    archive = dtd_archive(tarfile.TarInfo("dtd/../../outside.txt"))
     (tmp_path / "dtd-r1.0.1.tar.gz").write_bytes(archive)
     monkeypatch.setattr(data, "DTD", ("", hashlib.sha256(archive).hexdigest()))
     with pytest.raises(tarfile.TarError, match="outside"):
         data.load_dataset(tmp_path / "dtd")
-    assert not (tmp_path / "dtd").exists()
-    assert not (tmp_path / "outside.txt").exists()
+    assert not (tmp_path / "dtd").exists() and not (tmp_path / "outside.txt").exists()
 
 
 # ---- data.py: the demo's world -------------------------------------------------------------------
-
-CLEAR = data.Style(contrast=(1, 1), noise=(0, 0))
-
-
-def drawn(color="red", texture="striped", scale="coarse", ground="black", style=CLEAR, seed=0):
-    image = data.draw(color, texture, scale, ground, style, np.random.default_rng(seed))
-    return image.astype(int)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_drawing_shows_what_it_is_called(seed):
-    """Color by the hue of the ink, ground by the paper, scale by the strongest frequency."""
-    for color, hue in data.HUES.items():
-        image = Image.fromarray(drawn(color, seed=seed).astype(np.uint8))
-        h, _, v = np.asarray(image.convert("HSV"), int).reshape(-1, 3).T
-        ink = h[v.argmax()] / 255 * 360
-        assert abs((ink - hue + 180) % 360 - 180) < 12
-    assert drawn(ground="black", seed=seed).max(2).min() < 0.25 * 255
-    assert drawn(ground="white", seed=seed).min(2).max() > 0.75 * 255
-    for scale, (low, high) in {"fine": (5, 7), "coarse": (2, 3)}.items():
-        gray = drawn(scale=scale, seed=seed).mean(2)
-        spectrum = abs(np.fft.fft2(gray - gray.mean()))
-        y, x = np.unravel_index(spectrum.argmax(), spectrum.shape)
-        frequency = math.hypot((x + 32) % 64 - 32, (y + 32) % 64 - 32)
-        assert low - 0.8 < frequency < high + 0.8
-    assert len({drawn(texture=texture, seed=seed).tobytes() for texture in data.TEXTURES}) == 8
-
-
-def test_styles_of_a_drawing():
-    """A negative has light for dark; contrast pulls toward the mean color, noise is added."""
-    plain = drawn()
-    negative = drawn(style=data.Style((1, 1), (0, 0), negative=True))
-    assert abs(plain + negative - 255).max() <= 1
-    faded = drawn(style=data.Style((0.3, 0.3), (0, 0)))
-    mean = plain.mean((0, 1))
-    assert abs(faded - (mean + 0.3 * (plain - mean))).max() <= 1.5
-    noisy = drawn(style=data.Style((0.3, 0.3), (0.05, 0.05)))
-    assert (noisy - faded).std() / 255 == pytest.approx(0.05, abs=0.005)
 
 
 def test_captions_name_what_is_drawn(monkeypatch):
@@ -1867,7 +1604,21 @@ def test_captions_name_what_is_drawn(monkeypatch):
     assert seen == {*data.HUES, *data.TEXTURES, *sometimes}
     again, captions_again = data.draw_pairs(80, seed=5)
     assert np.array_equal(images, again) and captions == captions_again
-    assert data.draw_pairs(80, seed=6)[1] != captions
+
+
+def test_a_drawing_shows_what_it_is_called():
+    """Color by the hue of the ink, ground by the paper; a negative has light for dark."""
+    def drawn(color="red", ground="black", negative=False, texture="striped"):
+        style = data.Style(contrast=(1, 1), noise=(0, 0), negative=negative)
+        return data.draw(color, texture, "coarse", ground, style, np.random.default_rng(0))
+
+    for color, hue in data.HUES.items():
+        h, _, v = np.asarray(Image.fromarray(drawn(color)).convert("HSV"), int).reshape(-1, 3).T
+        assert abs((h[v.argmax()] / 255 * 360 - hue + 180) % 360 - 180) < 12
+    assert drawn(ground="black").max(2).min() < 64
+    assert drawn(ground="white").min(2).max() > 191
+    assert abs(drawn().astype(int) + drawn(negative=True) - 255).max() <= 1
+    assert len({drawn(texture=texture).tobytes() for texture in data.TEXTURES}) == 8
 
 
 def test_a_drawn_dataset(tmp_path, monkeypatch):
@@ -1888,27 +1639,16 @@ def test_a_drawn_dataset(tmp_path, monkeypatch):
         assert dataset.classnames[label] == f"{color} {texture}"
 
 
-
 # ---- The command line: from a folder to a prompt -------------------------------------------------
 
 CLASSES = ["banded", "dotted", "grid", "woven_wool", "zigzagged"]
-N_TEST = 2 + 3 + 4 + 5 + 6                    # every class has another number of test images
+COUNTS = [2, 3, 4, 5, 6]                      # every class has another number of test images
+N_TEST = sum(COUNTS)
 RESULT = {"settings", "accuracy", "n_test", "per_class", "training_images", "seconds_images",
           "seconds_training", "device", "torch"}
 SETTINGS = {"method", "dataset", "backbone", "shots", "seed", "M", "position", "csc", "init",
             "epochs", "views", "classes", "loss", "noise", "precision", "template", "weights",
             "images", "code"}
-
-
-def paint(root, names, counts, size, seed):
-    """root/<name>/<number>.png: noise around a color for each class."""
-    rng = np.random.default_rng(seed)
-    for name, count in zip(names, counts):
-        (root / name).mkdir(parents=True)
-        color = np.random.default_rng(list(name.encode())).uniform(0, 255, 3)
-        for i in range(count):
-            pixels = rng.normal(color, 70, (*size, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
 
 
 def small_clip(path, width=64):
@@ -1932,7 +1672,7 @@ def world(tmp_path_factory):
     photos = root / "photos"
     paint(photos / "train", CLASSES, [7] * 5, (40, 60), 1)
     paint(photos / "val", CLASSES, [5] * 5, (40, 60), 2)
-    paint(photos / "test", CLASSES, [2, 3, 4, 5, 6], (32, 32), 3)      # their own test crops
+    paint(photos / "test", CLASSES, COUNTS, (32, 32), 3)               # their own test crops
     (root / "open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": true}}')
     weights = small_clip(root / "clip.pt")
     learn = ["--data", photos, "--backbone", weights, "--epochs", 3]
@@ -1944,13 +1684,15 @@ def command(world, tmp_path, capsys):
     """command("--data", folder, ...) runs the command line -> exit code, stdout, stderr."""
     start = ["--device", "cpu", "--cache", world.root / "cache", "--out", tmp_path / "out"]
 
-    def run(*arguments, main=coop.main):
-        code = 0
+    def run(*arguments, main=coop.main, code=0):
+        found = 0
         try:
             main([str(argument) for argument in (*start, *arguments)])
         except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+            found = stop.code
+        screen, err = capsys.readouterr()
+        assert found == code, err
+        return screen, err
 
     return run
 
@@ -1985,26 +1727,23 @@ def openai_cosines(world, folder, names, V=None, position="end", templates=()):
         for path in sorted((folder / name).glob("*.png")):
             crops.append(np.array(Image.open(path)))
             labels.append(label)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    x = (torch.from_numpy(np.stack(crops)) / 255 - mean) / std
-    f = F.normalize(model.encode_image(x.permute(0, 3, 1, 2)), dim=-1)
+    x = torch.from_numpy((np.stack(crops) / 255 - MEAN) / STD).permute(0, 3, 1, 2).float()
+    f = F.normalize(model.encode_image(x), dim=-1)
     return f @ F.normalize(g, dim=-1).T, torch.tensor(labels)
 
 
 def openai_accuracy(*arguments, **prompts):
     """Percent of the images whose own prompt has the largest cosine, by OpenAI's class."""
     cosines, labels = openai_cosines(*arguments, **prompts)
-    return 100 * (cosines.argmax(-1) == labels).double().mean().item()
+    return pytest.approx(100 * (cosines.argmax(-1) == labels).double().mean().item())
 
 
 def test_from_folder_to_prompt(command, world, tmp_path):
     """Screen, JSON and prompt agree with each other and with OpenAI's encoders."""
     templates = ["{}", "a picture of many {} things."]
     out = tmp_path / "my results"
-    code, screen, err = command(*world.learn, "--shots", 2, "--seeds", 0, 5, "--out", out,
-                                "--template", *templates)
-    assert code == 0, err
+    screen, _ = command(*world.learn, "--shots", 2, "--seeds", 0, 5, "--out", out, "--template",
+                        *templates)
     train = data.load_dataset(world.photos).train
     assert len(results(out)) == 3
     for stem, result in results(out).items():
@@ -2013,9 +1752,9 @@ def test_from_folder_to_prompt(command, world, tmp_path):
         accuracy = result["accuracy"]["all"]
         per_class = result["per_class"]
         hardest = min(per_class, key=per_class.get)
-        assert (f": {accuracy:.2f} %; hardest: {hardest} {per_class[hardest]:.0f} %") in screen
+        assert f": {accuracy:.2f} %; hardest: {hardest} {per_class[hardest]:.0f} %" in screen
         assert result["n_test"] == {"all": N_TEST} and list(per_class) == CLASSES
-        right = [count * share for count, share in zip((2, 3, 4, 5, 6), per_class.values())]
+        right = [count * share for count, share in zip(COUNTS, per_class.values())]
         assert sum(right) / N_TEST == pytest.approx(accuracy)
         prompts = {"templates": templates}
         if settings["method"] == "coop":
@@ -2027,12 +1766,10 @@ def test_from_folder_to_prompt(command, world, tmp_path):
             prompt = torch.load(out / f"{stem}.pt", weights_only=True)
             assert prompt["settings"] == settings and prompt["classnames"] == CLASSES
             prompts = {"V": prompt["V"]}
-        found = openai_accuracy(world, world.photos / "test", CLASSES, **prompts)
-        assert found == pytest.approx(accuracy)
+        assert accuracy == openai_accuracy(world, world.photos / "test", CLASSES, **prompts)
     line = screen.splitlines()[-1].partition("python coop.py ")[2]
     words = shlex.split(line.replace("IMAGE_OR_FOLDER", (world.photos / "test").as_posix()))
-    code, screen, err = command(*words)
-    assert code == 0 and len(screen.splitlines()) == N_TEST, err
+    assert len(command(*words)[0].splitlines()) == N_TEST
 
 
 OPTIONS = {   # the shape of V, and the settings that they change
@@ -2053,10 +1790,9 @@ OPTIONS = {   # the shape of V, and the settings that they change
 def test_options_reach_the_prompt(command, world, tmp_path, options):
     """Its settings, V, which is another one than without the option, and the way it is tested."""
     shape, changed = OPTIONS[options]
-    command(*world.learn, "--shots", 2)
-    code, _, err = command(*world.learn, "--shots", 2, *shlex.split(options), "--out",
-                           tmp_path / "new")
-    assert code == 0, err
+    learn = [*world.learn, "--shots", 2]
+    command(*learn)
+    command(*learn, *shlex.split(options), "--out", tmp_path / "new")
     default, = vectors(tmp_path / "out").values()
     (stem, V), = vectors(tmp_path / "new").items()
     result = results(tmp_path / "new")[stem]
@@ -2066,32 +1802,29 @@ def test_options_reach_the_prompt(command, world, tmp_path, options):
     assert V.shape != default.shape or relative(V, default) > 1e-5
     if settings["precision"] == "fp32":
         names = CLASSES[3:] if settings["classes"] == "new" else CLASSES
-        found = openai_accuracy(world, world.photos / "test", names, V, settings["position"])
-        assert result["accuracy"] == {settings["classes"]: pytest.approx(found)}
+        expected = openai_accuracy(world, world.photos / "test", names, V, settings["position"])
+        assert result["accuracy"] == {settings["classes"]: expected}
 
 
 def test_probe_learns_from_the_same_sample(command, world, monkeypatch):
     """And from four validation images per class, sampled with the same generator afterwards."""
     probe = mock.Mock(wraps=coop.linear_probe)
     monkeypatch.setattr(coop, "linear_probe", probe)
-    code, screen, err = command(*world.learn, "--shots", 7, "--seeds", 3, "--probe", "--views", 1)
-    assert code == 0 and "linear probe, 7 shots, seed 3: " in screen, err
+    screen, _ = command(*world.learn, "--shots", 7, "--seeds", 3, "--probe", "--views", 1)
+    assert "linear probe, 7 shots, seed 3: " in screen
     dataset = data.load_dataset(world.photos)
     clip = clip_model.load(world.weights)
     rng = random.Random(3)
     for found, items, shots in zip(probe.call_args.args, (dataset.train, dataset.val), (7, 4)):
         sample = data.few_shot(items, shots, rng)
-        crops = [np.asarray(data.test_crop(data.read_image(path), 32)) for path, _ in sample]
-        f = clip.encode_image(data.normalize(torch.from_numpy(np.stack(crops))))
+        f = coop.image_features(clip, [(path, [data.TEST]) for path, _ in sample])
         assert found[1].tolist() == [label for _, label in sample]
         assert relative(found[0], f) < 1e-5
 
 
 def test_base_and_new(command, world, tmp_path):
     """Learned on the first half, rounded up; each half is classified among its own classes."""
-    code, screen, err = command(*world.learn, "--classes", "base", "--shots", 2, "--csc", "both",
-                                "--probe")
-    assert code == 0, err
+    command(*world.learn, "--classes", "base", "--shots", 2, "--csc", "both", "--probe")
     for stem, result in results(tmp_path / "out").items():
         accuracy = result["accuracy"]
         settings = result["settings"]
@@ -2105,15 +1838,14 @@ def test_base_and_new(command, world, tmp_path):
         if settings["method"] == "coop":
             assert {name.split("/")[1] for name in result["training_images"]} == set(CLASSES[:3])
             prompts = {"V": vectors(tmp_path / "out")[stem]}
-            _, screen, _ = command("--load", tmp_path / "out" / f"{stem}.pt", "--data",
-                                   world.photos, "--classes", "new")
+            screen, _ = command("--load", tmp_path / "out" / f"{stem}.pt", "--data",
+                                world.photos, "--classes", "new")
             assert f"(new classes): {new:.2f} %" in screen
         for found, names in ((base, CLASSES[:3]), (new, CLASSES[3:])):
-            expected = openai_accuracy(world, world.photos / "test", names, **prompts)
-            assert found == pytest.approx(expected)
+            assert found == openai_accuracy(world, world.photos / "test", names, **prompts)
 
 
-# ---- One run is one file -------------------------------------------------------------------------
+# ---- One run is one file, and no image is encoded twice ------------------------------------------
 
 
 def test_a_finished_run_is_not_repeated(command, world, tmp_path, monkeypatch):
@@ -2121,15 +1853,15 @@ def test_a_finished_run_is_not_repeated(command, world, tmp_path, monkeypatch):
     train = mock.Mock(wraps=coop.train)
     monkeypatch.setattr(coop, "train", train)
     grid = [*world.learn, "--shots", 1, 2, "--csc", "both"]
-    _, first, _ = command(*grid)
+    first, _ = command(*grid)
     V = vectors(tmp_path / "out")
     assert train.call_count == len(V) == 4 and "done already" not in first
-    _, second, _ = command(*grid, "--seeds", 1, 1)
+    second, _ = command(*grid, "--seeds", 1, 1)
     assert train.call_count == 4 and second.count("  (done already)") == 5
     assert second.replace("  (done already)", "") == first
     command(*grid, "--again")
-    assert train.call_count == 8
     again = vectors(tmp_path / "out")
+    assert train.call_count == 8
     assert V.keys() == again.keys() and all(torch.equal(V[stem], again[stem]) for stem in V)
 
 
@@ -2137,10 +1869,8 @@ def test_each_setting_makes_another_file():
     """With names that any file system takes, in any script."""
     run = coop.Run(method="coop", dataset="a/b c", backbone="RN50", shots=4, seed=1)
     assert re.fullmatch(r"a-b-c-RN50-coop-4shot-seed1-[0-9a-f]{8}", run.stem)
-    stems = {run.stem}
-    for field in dataclasses.fields(run):
-        stems.add(dataclasses.replace(run, **{field.name: "another"}).stem)
-    assert len(stems) == 1 + len(SETTINGS)
+    stems = {dataclasses.replace(run, **{setting: "another"}).stem for setting in SETTINGS}
+    assert len(stems - {run.stem}) == len(SETTINGS)
     long = dataclasses.replace(run, dataset="写真" * 60)
     assert len(f"{long.stem}.json.12345678.tmp".encode()) < 255
     assert long.stem != dataclasses.replace(long, seed=2).stem
@@ -2174,16 +1904,12 @@ def test_an_edit_of_the_program(command, world, tmp_path, monkeypatch, file, bef
             assert text.count(before) == 1
             text = text.replace(before, after)
         (tmp_path / "program" / f"{name}.py").write_text(text, encoding="utf-8")
-    code, screen, err = command(*learn, main=importlib.import_module("coop").main)
-    assert code == 0, err
+    screen, _ = command(*learn, main=importlib.import_module("coop").main)
     assert screen.count("done already") == (0 if learns else 2)
     new = [path.suffix for path in tmp_path.rglob("*.*") if path not in old]
     assert new.count(".json") == (2 if learns else 0)
     assert new.count(".npz") == (2 if encodes else 0)
     assert all(path.read_bytes() == content for path, content in old.items())
-
-
-# ---- No image is encoded twice -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -2194,9 +1920,8 @@ def encoded(command, world, tmp_path, monkeypatch):
 
     def run(options="", folder=world.photos):
         cut.reset_mock()
-        learn = [*world.learn, "--data", folder, "--shots", 2, "--cache", tmp_path / "cache"]
-        code, _, err = command(*learn, *options.split())
-        assert code == 0, err
+        command(*world.learn, "--data", folder, "--shots", 2, "--cache", tmp_path / "cache",
+                *options.split())
         return sum(len(call.args[1]) for call in cut.call_args_list)
 
     return run
@@ -2236,7 +1961,7 @@ def test_a_replaced_image_is_another_image(encoded, world, tmp_path):
     """Of another time of change or another size: encoded and learned again."""
     photos = shutil.copytree(world.photos, tmp_path / "photos")
     encoded(folder=photos)
-    image = photos / "test" / "grid" / "0.png"
+    image = photos / "test" / "grid" / "gri_0.png"
     os.utime(image, (1, 1))
     assert encoded(folder=photos) == N_TEST
     assert encoded(folder=photos) == 0
@@ -2249,13 +1974,19 @@ def test_a_damaged_cache_file_is_rebuilt(command, world, tmp_path):
     """With a line for each file and without any change of the result."""
     learn = [*world.learn, "--shots", 1, "--cache", tmp_path / "cache", "--again"]
     command(*learn)
-    V, = vectors(tmp_path / "out").values()
-    for path in (tmp_path / "cache").rglob("*.npz"):
-        path.write_bytes(path.read_bytes()[:-200])
-    code, _, err = command(*learn)
-    assert code == 0 and len(err.splitlines()) == err.count("is damaged (") == 2, err
-    assert torch.equal(vectors(tmp_path / "out").popitem()[1], V)
-    assert command(*learn)[2] == ""
+    (stem, V), = vectors(tmp_path / "out").items()
+    files = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.npz")}
+    doubles = io.BytesIO()
+    np.savez(doubles, features=np.zeros((5, 32)))
+    for damage in ("cut", "flipped", "other content"):
+        for path, content in files.items():
+            flipped = content[:300] + bytes([content[300] ^ 1]) + content[301:]
+            path.write_bytes({"cut": content[:-200], "flipped": flipped}.get(
+                damage, doubles.getvalue()))
+        _, err = command(*learn)
+        assert len(err.splitlines()) == err.count("is damaged (") == 2, (damage, err)
+        assert torch.equal(vectors(tmp_path / "out")[stem], V)
+        assert command(*learn)[1] == ""
 
 
 # ---- A learned prompt ----------------------------------------------------------------------------
@@ -2279,16 +2010,14 @@ def test_a_prompt_on_other_classes(command, world, prompts, tmp_path):
     cases = [(unified, ["brick", "grid", "tiled floor"], slice(None)),
              (specific, ["dotted", "grid", "zigzagged"], [1, 2, 4])]
     for prompt, names, rows in cases:
-        folder = tmp_path / names[0]
-        paint(folder / "test", names, [9, 9, 9], (32, 32), 5)
-        code, screen, err = command("--load", prompt, "--data", folder)
-        assert code == 0, err
+        folder = paint(tmp_path / names[0] / "test", names, [9, 9, 9], seed=5)
+        screen, _ = command("--load", prompt, "--data", folder.parent)
         V = torch.load(prompt)["V"]
-        accuracy = openai_accuracy(world, folder / "test", names, V[rows])
-        assert screen.splitlines()[-1] == f"{prompt}: {accuracy:.2f} %"
-    assert abs(openai_accuracy(world, folder / "test", names, V[:3]) - accuracy) > 5, "control"
-    code, _, err = command("--load", specific, "--data", tmp_path / "brick")
-    assert code == 2 and "none for 'brick'; only a prompt without --csc goes with other" in err
+        accuracy = openai_accuracy(world, folder, names, V[rows])
+        assert float(screen.split()[-2]) == pytest.approx(accuracy.expected, abs=0.005)
+    assert openai_accuracy(world, folder, names, V[:3]) != accuracy.expected, "control"
+    _, err = command("--load", specific, "--data", tmp_path / "brick", code=2)
+    assert "none for 'brick'; only a prompt without --csc goes with other" in err
 
 
 def test_a_prompt_finds_its_weights(command, world, tmp_path, monkeypatch):
@@ -2297,36 +2026,32 @@ def test_a_prompt_finds_its_weights(command, world, tmp_path, monkeypatch):
     command("--data", "photos", "--backbone", "clip.pt", "--shots", 1, "--epochs", 1)
     monkeypatch.chdir(tmp_path)
     prompt, = (tmp_path / "out").glob("*.pt")
-    use = ["--load", prompt, "--predict", world.photos / "test" / "grid" / "0.png"]
-    assert command(*use)[0] == 0
+    use = ["--load", prompt, "--predict", world.photos / "test" / "grid" / "gri_0.png"]
+    command(*use)
     torch.save({**torch.load(prompt), "path": "/gone/clip.pt"}, prompt)
-    code, _, err = command(*use)
-    assert code == 2 and "was learned with /gone/clip.pt, which is not there" in err
-    assert command(*use, "--backbone", world.weights)[0] == 0
+    assert "was learned with /gone/clip.pt, which is not there" in command(*use, code=2)[1]
+    command(*use, "--backbone", world.weights)
     weights = torch.load(world.weights)
     torch.save({**weights, "ln_final.bias": weights["ln_final.bias"] + 1}, tmp_path / "other.pt")
     for other in (tmp_path / "other.pt", small_clip(tmp_path / "wider.pt", width=128)):
-        code, _, err = command(*use, "--backbone", other)
-        assert code == 2 and "was learned for other weights than" in err
+        _, err = command(*use, "--backbone", other, code=2)
+        assert "was learned for other weights than" in err
 
 
 def test_official_checkpoints(command, world, tmp_path):
     """V is state_dict.ctx; the optimizer and scheduler in the file are not built."""
     V = torch.randn(4, 64).half()
-    optimizer = torch.optim.SGD([torch.nn.Parameter(V.float())], lr=0.1, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     file = tmp_path / "model.pth.tar-50"
-    torch.save({"state_dict": {"ctx": V, "token_prefix": torch.zeros(5, 1, 64)}, "epoch": 50,
-                "optimizer": optimizer.state_dict(), "scheduler": {"successor": scheduler}}, file)
+    torch.save({**training_checkpoint({}), "state_dict": {"ctx": V}}, file)
     use = ["--load", file, "--backbone", world.weights]
-    code, screen, err = command(*use, "--data", world.photos)
-    accuracy = openai_accuracy(world, world.photos / "test", CLASSES, V=V.float())
-    assert code == 0 and screen.splitlines()[-1] == f"{file}: {accuracy:.2f} %", err
-    assert command(*use, "--data", world.photos, "--position", "front")[1] != screen
-    code, _, err = command(*use, "--predict", world.photos)
-    assert code == 2 and "checkpoint of the official code and stores no class names" in err
-    code, _, err = command("--load", file, "--words", 1)
-    assert code == 2 and "does not store for which backbone" in err
+    screen, _ = command(*use, "--data", world.photos)
+    accuracy = openai_accuracy(world, world.photos / "test", CLASSES, V=V.float()).expected
+    assert screen.splitlines()[-1] == f"{file}: {accuracy:.2f} %"
+    assert command(*use, "--data", world.photos, "--position", "front")[0] != screen
+    _, err = command(*use, "--predict", world.photos, code=2)
+    assert "checkpoint of the official code and stores no class names" in err
+    _, err = command("--load", file, "--words", 1, code=2)
+    assert "does not store for which backbone" in err
 
 
 def test_predict_and_export(command, world, prompts, tmp_path):
@@ -2338,14 +2063,13 @@ def test_predict_and_export(command, world, prompts, tmp_path):
     (folder / "grid" / ".hidden.png").write_bytes(b"")
     (folder / "grid" / "notes.txt").write_text("no image")
     use = ["--load", prompts[0], "--predict", folder]
-    code, screen, err = command(*use, "--export", tmp_path / "prompt.npz")
-    assert code == 0, err
+    screen, _ = command(*use, "--export", tmp_path / "prompt.npz")
     (folder / "0.png").write_bytes(b"broken")
-    code, lines, err = command(*use, "--json")
-    assert code == 2
+    lines, err = command(*use, "--json", code=2)
     assert re.fullmatch(r"note: 1 other .*notes\.txt\nnote: cannot read .*0\.png.*\n"
                         r"error: 1 of 21 images .*\n", err)
     found = [json.loads(line) for line in lines.splitlines()]
+    assert len(found) == N_TEST
     V = torch.load(prompts[0])["V"]
     cosines, _ = openai_cosines(world, world.photos / "test", CLASSES, V=V)
     probabilities = (torch.load(world.weights)["logit_scale"].exp() * cosines).softmax(-1)
@@ -2356,19 +2080,13 @@ def test_predict_and_export(command, world, prompts, tmp_path):
         assert values == pytest.approx([value for value, _ in expected], abs=2e-4)
         best = f"{line['image']}: {expected[0][1]} {100 * expected[0][0]:.1f} %, {expected[1][1]} "
         assert image.startswith(best)
-    script = """if True:
-        import sys, numpy as np
-        p = np.load("prompt.npz")
-        logits = p["logit_scale"] * np.load("f.npy") @ p["text_features"].T
-        odds = np.exp(logits - logits.max(1, keepdims=True))
-        np.save("p.npy", odds / odds.sum(1, keepdims=True))
-        assert list(p["classnames"][:2]) == ["banded", "dotted"] and p["resolution"] == 32
-        assert "torch" not in sys.modules"""
-    jobs = [(line["image"], [data.TEST]) for line in found]
-    f = coop.image_features(clip_model.load(world.weights), jobs)
-    np.save(tmp_path / "f.npy", F.normalize(f, dim=-1).numpy())
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    assert np.allclose(np.load(tmp_path / "p.npy"), probabilities, atol=1e-4)
+    p = np.load(tmp_path / "prompt.npz")             # plain arrays: numpy refuses others
+    f = coop.image_features(clip_model.load(world.weights), [(line["image"], [data.TEST])
+                                                             for line in found])
+    odds = np.exp(p["logit_scale"] * F.normalize(f, dim=-1).numpy() @ p["text_features"].T)
+    assert np.allclose(odds / odds.sum(1, keepdims=True), probabilities, atol=1e-4)
+    assert list(p["classnames"]) == CLASSES and p["resolution"] == 32
+    assert np.allclose([p["mean"], p["std"]], [MEAN, STD])
 
 
 def test_words_are_the_nearest_token_embeddings(command, world, prompts, tmp_path):
@@ -2376,8 +2094,8 @@ def test_words_are_the_nearest_token_embeddings(command, world, prompts, tmp_pat
     for i, name in enumerate(["run-1.pt", "run-3.pt", "run-2.pt", "other.pt", "run-4.json"]):
         shutil.copy(prompts[name == "run-2.pt"], tmp_path / name)
         os.utime(tmp_path / name, (i, i))
-    code, screen, err = command("--load", tmp_path / "run", "--words", 2)
-    assert code == 0 and f"prompt: {tmp_path / 'run-2.pt'} (the newest of 3)" in err
+    screen, err = command("--load", tmp_path / "run", "--words", 2)
+    assert f"prompt: {tmp_path / 'run-2.pt'} (the newest of 3)" in err
     embeddings = torch.load(world.weights)["token_embedding.weight"].double()
     V = torch.load(prompts[1])["V"].double().flatten(0, -2)
     rows = [line for line in screen.splitlines() if line not in CLASSES]
@@ -2401,13 +2119,13 @@ def places(world, prompts):
     root = world.root
     (root / "empty").mkdir()
     (root / "cut.pt").write_bytes(world.weights.read_bytes()[:5000])
-    paint(root / "tested" / "test", CLASSES, [1] * 5, (32, 32), 0)
-    paint(root / "half" / "train", CLASSES, [1] * 5, (32, 32), 0)
-    paint(root / "half" / "test", CLASSES[:3], [1] * 3, (32, 32), 0)
+    paint(root / "tested" / "test", CLASSES, [1] * 5)
+    paint(root / "half" / "train", CLASSES, [1] * 5)
+    paint(root / "half" / "test", CLASSES[:3], [1] * 3)
     shutil.copytree(root / "half", root / "broken")
-    (root / "broken" / "test" / "grid" / "0.png").write_bytes(b"version https://git-lfs.github...")
-    (root / "broken" / "train" / "dotted" / "0.png").write_bytes(b"")
-    paint(root / "long" / "test", ["a", "b" * 80], [1, 1], (32, 32), 0)
+    (root / "broken/test/grid/gri_0.png").write_bytes(b"version https://git-lfs.github...")
+    (root / "broken/train/dotted/dot_0.png").write_bytes(b"")
+    paint(root / "long" / "test", ["a", "b" * 80], [1, 1])
     return {"root": root, "prompt": prompts[0]}
 
 
@@ -2415,9 +2133,9 @@ LEARNING = {   # what is added to a command line that learns: the error
     "--shots -1": "--shots: '-1' is not a number of 0 or more",
     "--M 0": "--M, --epochs and --words are 1 or more",
     "--epochs 0": "--M, --epochs and --words are 1 or more",
-    "--M 66": "'woven wool' is too long or M = 66 .* M can be 65 at most",
+    "--M 66": "'woven wool' is too long or M = 66 too large: 78 tokens .* reads 77",
     "--init a --M 4": "leave out --M",
-    "--init ''": "M = 0: at least one context vector or word is needed",
+    "--init ''": "M = 0: expected 1 to 77 vectors or words",
     "--noise nan": "--noise is a share between 0 and 1",
     "--template photo": "--template 'photo' needs {}",
     "--template '{{}} | photo'": "separates the templates of an ensemble",
@@ -2458,9 +2176,9 @@ def test_a_mistake_is_one_line(command, world, places, tmp_path, line, error):
     words = [word.format(**places) for word in shlex.split(line)]
     if (line, error) in LEARNING.items():
         words = [*world.learn, *words]
-    code, _, err = command(*words)
+    _, err = command(*words, code=2)
     *notes, last = err.splitlines()
-    assert code == 2 and last.startswith("error: ") and re.search(error, last), err
+    assert last.startswith("error: ") and re.search(error, last), err
     assert all(note.startswith("note: ") for note in notes), err
     assert not (tmp_path / "out").exists()
 
@@ -2474,8 +2192,7 @@ def test_a_mistake_is_one_line(command, world, places, tmp_path, line, error):
 def test_a_damaged_prompt_is_refused(command, prompts, tmp_path, key, value):
     """Whatever part of it is not as we write it, before anything is computed from it."""
     torch.save({**torch.load(prompts[0]), key: value}, tmp_path / "bad.pt")
-    code, screen, err = command("--load", tmp_path / "bad.pt", "--export", tmp_path / "x.npz")
-    assert code == 2 and screen == ""
+    _, err = command("--load", tmp_path / "bad.pt", "--export", tmp_path / "x.npz", code=2)
     assert re.fullmatch("error: .*bad.pt is not a learned prompt, or a damaged one; .*\n", err)
 
 
@@ -2537,8 +2254,8 @@ def test_ctrl_c_is_one_line(command, world, tmp_path, monkeypatch):
     """And exit code 130; what was finished is kept."""
     train = mock.Mock(wraps=coop.train, side_effect=[mock.DEFAULT, KeyboardInterrupt])
     monkeypatch.setattr(coop, "train", train)
-    code, _, err = command(*world.learn, "--shots", 1, "--seeds", 1, 2, 3)
-    assert code == 130 and re.fullmatch(r"\nstopped; .* goes on from there\n", err)
+    _, err = command(*world.learn, "--shots", 1, "--seeds", 1, 2, 3, code=130)
+    assert re.fullmatch(r"\nstopped; .* goes on from there\n", err)
     assert len(results(tmp_path / "out")) == 2 and len(vectors(tmp_path / "out")) == 1
 
 
@@ -2571,7 +2288,7 @@ def two_processes(*arguments):
 def test_two_processes_share_the_work(command, world, tmp_path):
     """Each encodes and learns its part, one speaks; the results are those of a single process."""
     sweep = [*world.learn, "--shots", 1, 2, "--seeds", 1, 2]
-    _, screen, _ = command(*sweep, "--out", tmp_path / "one")
+    screen, _ = command(*sweep, "--out", tmp_path / "one")
     first, second = two_processes(*sweep, "--out", tmp_path / "two", "--cache", tmp_path / "cache")
     assert first[0] == second[0] == 0, (first, second)
     table = screen[screen.index("\naccuracy, %"):screen.index("\nto use")]
@@ -2596,12 +2313,10 @@ def test_started_as_people_start_it(world, tmp_path):
     """In another folder; with names that the terminal cannot show; into a pipe that is closed
     early, or without any stdout.
     """
-    paint(tmp_path / "写真" / "test", ["赤", "blå"], [2, 2], (32, 32), 0)
+    paint(tmp_path / "写真" / "test", ["赤", "blå"], [2, 2])
     words = [sys.executable, HERE / "coop.py", "--data", tmp_path / "写真", "--backbone",
              world.weights, "--shots", "0", "--device", "cpu", "--no-cache"]
-    silent = words
-    if os.name == "posix":
-        silent = ["sh", "-c", 'exec "$@" >&-', "sh", *words]
+    silent = ["sh", "-c", 'exec "$@" >&-', "sh", *words] if os.name == "posix" else words
     processes = []
     for command in (words, words, silent):
         processes.append(subprocess.Popen(
@@ -2622,13 +2337,12 @@ def test_disks_that_cannot_be_written(command, world, tmp_path, monkeypatch):
     """
     (tmp_path / "file").write_text("mine")
     learn = [*world.learn, "--shots", 1]
-    code, _, err = command(*learn, "--cache", tmp_path / "file" / "below")
-    assert code == 0 and len(results(tmp_path / "out")) == 2
+    _, err = command(*learn, "--cache", tmp_path / "file" / "below")
     assert re.fullmatch(r"note: image features are not kept on disk, .*\n", err)
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=full))
-    code, _, err = command(*learn, "--out", tmp_path / "new")
-    assert code == 2 and re.fullmatch("error: .*No space left.*\n", err)
+    assert len(results(tmp_path / "out")) == 2
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError("No space left on device")))
+    _, err = command(*learn, "--out", tmp_path / "new", code=2)
+    assert re.fullmatch("error: .*No space left.*\n", err)
     assert not list((tmp_path / "new").iterdir())
     monkeypatch.setattr(os.path, "expanduser", str)
     assert coop.make_parser().get_default("cache").is_absolute()
@@ -2666,9 +2380,8 @@ def test_progress(monkeypatch, terminal):
     shown = sys.stderr.getvalue()
     half = " 50 % of 400 epochs, 2.0 per second, 0:01:40 left, loss 1"
     if terminal:
-        assert shown.count("\n") == 1 and shown.endswith("\n")
         lines = shown.split("\r")
-        assert len(lines) == 201
+        assert len(lines) == 201 and shown.count("\n") == 1 and shown.endswith("\n")
         assert lines[100].rstrip() == f"learning V [##########..........] {half}"
     else:
         assert 5 < shown.count("\n") <= 20 and "\r" not in shown
@@ -2677,8 +2390,7 @@ def test_progress(monkeypatch, terminal):
 
 def test_plot(command, world, tmp_path):
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib: pip install matplotlib")
-    code, screen, err = command(*world.learn, "--shots", 1, 2, "--seeds", 1, 2, "--plot")
-    assert code == 0, err
+    screen, _ = command(*world.learn, "--shots", 1, 2, "--seeds", 1, 2, "--plot")
     for name in ("photos-accuracy.png", "photos-images.png"):
         assert f"plot: {tmp_path / 'out' / name}" in screen
         assert len(Image.open(tmp_path / "out" / name).convert("L").getcolors()) > 50
@@ -2686,17 +2398,11 @@ def test_plot(command, world, tmp_path):
 
 def test_help(command, monkeypatch, capsys):
     """Names every default.  Nothing but the program's name prints three examples."""
-    code, screen, _ = command("--help")
-    assert code == 0
-    defaults = {"--shots": "16; with --demo 4", "--seeds": "1", "--classes": "all", "--M": "16",
-                "--backbone": "RN50", "--gelu": "quick", "--position": "end", "--csc": "no",
-                "--epochs": "by shots: 50 for 1", "--views": "0", "--device": "cuda where",
-                "--precision": "fp16 on CUDA, else fp32", "--template": "the dataset's",
-                "--loss": "ce", "--noise": "0", "--out": "runs", "--cache": "~/.cache/coop"}
-    entries = re.split(r"\n  (?=--)", screen)
-    for option, default in defaults.items():
-        entry, = [entry for entry in entries if entry.startswith(f"{option} ")]
-        assert f"({default}" in " ".join(entry.split())
+    screen = " ".join(command("--help")[0].split())
+    for default in ("(16; with --demo 4)", "(1)", "(all)", "(16)", "(RN50;", "(quick,", "(end)",
+                    "(no)", "(by shots: 50 for 1", "(0)", "(cuda where", "(fp16 on CUDA, else",
+                    "(the dataset's)", "(ce)", "(runs)", "(~/.cache/coop)"):
+        assert default in screen, default
     monkeypatch.setattr(sys, "argv", ["coop.py"])
     with pytest.raises(SystemExit):
         coop.main()
@@ -2824,10 +2530,6 @@ def official_and_ours(official, position, csc):
     return trainer, clip, learner
 
 
-official_variants = pytest.mark.parametrize(
-    "position, csc", list(itertools.product(coop.POSITIONS, (False, True))))
-
-
 def official_items(items):
     return [(pathlib.Path(item.impath), item.label) for item in items]
 
@@ -2842,18 +2544,14 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
     official_dtd = importlib.import_module("datasets.dtd")
     set_random_seed = importlib.import_module("train").set_random_seed
     root = tmp_path / "dtd"
-    for n in range(4, 37):
-        (root / "images" / f"class {n:02}").mkdir(parents=True)
-        for i in range(n):
-            (root / "images" / f"class {n:02}" / f"{i:02}.jpg").touch()
+    lay_out(root, "; ".join(f"images/class {n:02} {n}" for n in range(4, 37)))
     names = functools.partial(official_dtd.listdir_nohidden, sort=True)      # not as the disk lists
     monkeypatch.setattr(official_dtd, "listdir_nohidden", names)
     set_random_seed(1)
     parts = official_dtd.DescribableTextures.read_and_split_data(str(root / "images"))
     dataset = data.load_dataset(root)
-    assert dataset.train == official_items(parts[0])
-    assert dataset.val == official_items(parts[1])
-    assert dataset.test == official_items(parts[2])
+    ours = (dataset.train, dataset.val, dataset.test)
+    assert ours == tuple(official_items(part) for part in parts)
 
     split = {}
     for part, items in zip(data.PARTS, parts):               # paths may be absolute
@@ -2878,38 +2576,34 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
 
 
 def test_names_of_datasets_and_templates_are_the_official_ones(official):
-    DATASET_REGISTRY = importlib.import_module("dassl.data.datasets").DATASET_REGISTRY
-    CUSTOM_TEMPLATES = importlib.import_module("trainers.zsclip").CUSTOM_TEMPLATES
+    registry = importlib.import_module("dassl.data.datasets").DATASET_REGISTRY
+    templates = importlib.import_module("trainers.zsclip").CUSTOM_TEMPLATES
     for file, (name, _, template) in data.KNOWN.items():
         official_name = file.removeprefix("split_zhou_").removesuffix(".json")
-        assert DATASET_REGISTRY.get(official_name).dataset_dir == name
-        assert CUSTOM_TEMPLATES[official_name] == template
+        assert registry.get(official_name).dataset_dir == name
+        assert templates[official_name] == template
 
 
 def test_test_crops_are_the_official_ones(official, tmp_path):
     """Crop and normalization, bit by bit, for images of many shapes and three modes."""
     module = importlib.import_module("dassl.data.transforms")
-    build_transform = module.build_transform
-    transforms = module.transforms
-    read_image = importlib.import_module("dassl.utils").read_image
-    if isinstance(transforms.Resize, mock.Mock):
+    if isinstance(module.transforms.Resize, mock.Mock):
         pytest.skip(OFFICIAL)
+    read_image = importlib.import_module("dassl.utils").read_image
     rng = np.random.default_rng(0)
     file = tmp_path / "image.png"
     sizes = ((300, 200), (201, 300), (67, 64), (64, 71), (37, 53), (1, 1), (500, 11), (3, 150))
-    for R in (64, 224):
+    for R, (width, height), mode in itertools.product((64, 224), sizes, ("RGB", "L", "P")):
         official.cfg.INPUT.SIZE = (R, R)
-        transform = build_transform(official.cfg, is_train=False)
-        for width, height in sizes:
-            for mode in ("RGB", "L", "P"):
-                pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-                Image.fromarray(pixels).convert(mode).save(file)
-                crop = np.array(data.test_crop(data.read_image(file), R))
-                x = data.normalize(torch.from_numpy(crop)[None])[0]
-                assert torch.equal(x, transform(read_image(file))), (R, width, height, mode)
+        transform = module.build_transform(official.cfg, is_train=False)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(file)
+        crop = np.array(data.test_crop(data.read_image(file), R))
+        x = data.normalize(torch.from_numpy(crop)[None])[0]
+        assert torch.equal(x, transform(read_image(file))), (R, width, height, mode)
 
 
-@official_variants
+@pytest.mark.parametrize("position, csc", VARIANTS)
 def test_prompts_are_the_official_ones(official, position, csc):
     """Token by token, for names that a tokenizer could stumble over, and M that are even and odd.
 
@@ -2918,9 +2612,7 @@ def test_prompts_are_the_official_ones(official, position, csc):
     """
     OfficialLearner = importlib.import_module("trainers.coop").PromptLearner
     rng = random.Random(0)
-    names = list(OFFICIAL_NAMES)
-    for _ in range(60):
-        names.append("".join(rng.choices("aZ_ -.'&;,3é猫", k=8)))
+    names = OFFICIAL_NAMES + ["".join(rng.choices("aZ_ -.'&;,3é猫", k=8)) for _ in range(60)]
     numbers = torch.arange(49408, dtype=torch.float64)[:, None]
     clip = mock.Mock(token_embedding=torch.nn.Embedding.from_pretrained(numbers), vocab_size=49408,
                      context_length=77, dtype=torch.float64)
@@ -2948,43 +2640,25 @@ def test_V_starts_from_words_as_in_the_official_code(official):
     assert torch.equal(learner.V, expected)
 
 
-@official_variants
-def test_text_features_are_the_official_ones(official, position, csc):
-    """g and the gradient of V, in float64."""
-    trainer, clip, learner = official_and_ours(official, position, csc)
-    model = trainer.model
-    expected = model.text_encoder(model.prompt_learner(), model.tokenized_prompts)
-    g = clip.encode_prompts(*learner())
-    weights = torch.randn(g.shape, dtype=g.dtype)
-    (expected * weights).sum().backward()
-    (g * weights).sum().backward()
-    assert relative(g, expected) < 1e-12
-    assert relative(learner.V.grad, model.prompt_learner.ctx.grad) < 1e-12
-
-
 def test_zero_shot_is_the_official_one(official):
     """One template, and their ensemble of seven and the dataset's own."""
-    IMAGENET_TEMPLATES_SELECT = importlib.import_module("trainers.zsclip").IMAGENET_TEMPLATES_SELECT
+    select = importlib.import_module("trainers.zsclip").IMAGENET_TEMPLATES_SELECT
     clip = ours(official.clip)
-    expected = official_trainer("ZeroshotCLIP", official.cfg).text_features
-    g = coop.zero_shot(clip, official.tokenizer, "{} texture.", NAMES)
-    assert relative(g, expected) < 1e-12
-    templates = [*IMAGENET_TEMPLATES_SELECT, "{} texture."]
-    expected = official_trainer("ZeroshotCLIP2", official.cfg).text_features
-    g = coop.zero_shot(clip, official.tokenizer, templates, NAMES)
-    assert relative(g, expected) < 1e-12
+    own = "{} texture."
+    for trainer, templates in (("ZeroshotCLIP", own), ("ZeroshotCLIP2", [*select, own])):
+        expected = official_trainer(trainer, official.cfg).text_features
+        g = coop.zero_shot(clip, official.tokenizer, templates, NAMES)
+        assert relative(g, expected) < 1e-12
 
 
 @pytest.mark.parametrize("file, shots", [("rn50_ep50", 1), ("rn50_ep100", 4), ("rn50", 16)])
 def test_learning_rates_are_the_official_ones(official, file, shots):
     """Of every epoch, for the three numbers of epochs that the paper has."""
-    module = importlib.import_module("dassl.optim")
-    build_lr_scheduler = module.build_lr_scheduler
-    build_optimizer = module.build_optimizer
+    optim = importlib.import_module("dassl.optim")
     official.cfg.merge(file)
     T = official.cfg.OPTIM.MAX_EPOCH
-    optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(1))], official.cfg.OPTIM)
-    scheduler = build_lr_scheduler(optimizer, official.cfg.OPTIM)
+    optimizer = optim.build_optimizer([torch.nn.Parameter(torch.zeros(1))], official.cfg.OPTIM)
+    scheduler = optim.build_lr_scheduler(optimizer, official.cfg.OPTIM)
     expected = []
     for _ in range(T):
         expected.append(optimizer.param_groups[0]["lr"])
@@ -3004,12 +2678,13 @@ def test_batch_sizes_are_the_official_ones(official, N):
     assert [len(batch) for batch in coop.batches(N, 1, seed=1)[0]] == expected
 
 
-@official_variants
+@pytest.mark.parametrize("position, csc", VARIANTS)
 def test_V_is_that_of_the_official_training(official, position, csc, tmp_path, monkeypatch):
     """After 100 steps on the same images in the same batches, by Dassl's own loop.
 
     The difference is measured in V's largest move.  Small faults in the recipe must show in it.
-    Accuracy by their evaluator, and their checkpoint, read by us, are compared on the way.
+    Text features with their gradient, accuracy by their evaluator, and their checkpoint, read by
+    us, are compared on the way.
     """
     N = 70                                   # two batches of 32; the third is dropped
     crops = 3
@@ -3017,6 +2692,15 @@ def test_V_is_that_of_the_official_training(official, position, csc, tmp_path, m
     schedule = coop.batches(N, T, seed=1)
     official.cfg.OUTPUT_DIR = str(tmp_path)
     trainer, clip, learner = official_and_ours(official, position, csc)
+    model = trainer.model
+    expected = model.text_encoder(model.prompt_learner(), model.tokenized_prompts)
+    g = clip.encode_prompts(*learner())
+    weights = torch.randn(g.shape, dtype=g.dtype)
+    gradients = []
+    for features, V in ((expected, model.prompt_learner.ctx), (g, learner.V)):
+        gradients += torch.autograd.grad((features * weights).sum(), V)
+    assert relative(g, expected) < 1e-12 and relative(*gradients) < 1e-12
+
     images = torch.randn(N, crops, 3, 32, 32, dtype=torch.float64)
     labels = torch.arange(N) % len(NAMES)
     features = clip.encode_image(images.flatten(0, 1)).unflatten(0, (N, crops))
@@ -3031,7 +2715,7 @@ def test_V_is_that_of_the_official_training(official, position, csc, tmp_path, m
     trainer.before_epoch = before_epoch
     trainer.test_loader = [{"img": images[:, 0], "label": labels}]
     trainer.train()
-    expected = trainer.model.prompt_learner.ctx.detach()
+    expected = model.prompt_learner.ctx.detach()
 
     def difference():
         learner.V.data.copy_(start)
@@ -3070,30 +2754,26 @@ def readme_code(words):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A reader's machine: a home with small weights called RN50, folders of images, a small demo."""
+    """A reader's machine: small weights called RN50, folders of images, a small demo."""
     home = tmp_path / "home"
     here = tmp_path / "here"
-    (home / ".cache" / "clip").mkdir(parents=True)
     here.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("USERPROFILE", str(home))             # Windows
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
     monkeypatch.chdir(here)
     torch.manual_seed(0)
-    visual = clip_model.VisionTransformer(32, 32, 64, 1, 32)
     weights = home / ".cache" / "clip" / "RN50.pt"
+    weights.parent.mkdir(parents=True)
+    visual = clip_model.VisionTransformer(32, 32, 64, 1, 32)
     torch.save(CLIP(32, visual, 64, 1).state_dict(), weights)
     monkeypatch.setitem(clip_model.MODELS, "RN50", (clip_model.sha256(weights), 1))
     for folder in ("my_photos", "other_photos"):
-        images_in(here / folder, ["cat", "dog"], 6)
-    images_in(here, ["more_photos"], 1)
+        paint(here / folder, ["cat", "dog"], [6, 6])
+    paint(here, ["more_photos"], [1])
     Image.new("RGB", (70, 60), (200, 30, 90)).save(here / "new.jpg")
-    images_in(here / "dtd" / "images", ["banded", "grid"], 6)
-    split = {part: [] for part in data.PARTS}
-    for label, name in enumerate(["banded", "grid"]):
-        for i in range(6):
-            entry = [f"{name}/{name[:3]}_{i}.png", label, name]
-            split[data.PARTS[i // 2]].append(entry)
-    (here / "dtd" / "split_zhou_DescribableTextures.json").write_text(json.dumps(split))
+    paint(here / "dtd" / "images", ["cat", "zebra"], [3, 3])
+    split = re.sub(r"(cat|zeb)(ra)?/(\d).jpg", r"\1\2/\1_\3.png", SPLIT)
+    (here / "dtd" / "split_zhou_DescribableTextures.json").write_text(split)
 
     draw_pairs = data.draw_pairs
     draw_dataset = data.draw_dataset
@@ -3145,12 +2825,8 @@ def test_each_ground_floor_file_works_alone(reader, file, words):
     shutil.copy(HERE / file, alone)
     shutil.copytree(reader / "my_photos", alone / "my_photos")
     weights = reader.parent / "home" / ".cache" / "clip" / "RN50.pt"
-    code = readme_code(words).replace('"ViT-B/32"', repr(str(weights))).replace("224, 224", "32, 32")
-    code += textwrap.dedent("""
-        import importlib.util
-        for name in ("tokenizer", "clip_model", "data", "coop"):
-            assert (importlib.util.find_spec(name) is not None) == (name == FILE[:-3]), name
-    """).replace("FILE", repr(file))
+    code = readme_code(words).replace('"ViT-B/32"', repr(str(weights)))
+    code = code.replace("224, 224", "32, 32")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], cwd=alone, check=True, env=environment)
 
@@ -3202,6 +2878,7 @@ def test_the_demo_tells_the_papers_story(tmp_path):
     world, = (tmp_path / "cache").glob("demo-*")
     tokenizer = Tokenizer.from_file(world / "clip.merges.txt")
     embedding = torch.load(world / "clip.pt", weights_only=True)["token_embedding.weight"]
+    assert len(words) == 2
     for V in words:
         nearest = (V - embedding).norm(dim=1).argmin()
         assert tokenizer.decode([nearest]) == "negative "
@@ -3209,8 +2886,6 @@ def test_the_demo_tells_the_papers_story(tmp_path):
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert made == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     assert again.stdout.count("done already") == 2 + 2 * 3
-
-
 # ---- The benchmark: python test_coop.py [FOLDER OF PHOTOGRAPHS] ----------------------------------
 #
 # Ours and OpenAI's modules in turn, in one process per part; the ratio is the median over pairs.
