@@ -996,9 +996,10 @@ def run_grid(args):
             print(f"plot: {path}")
     learned = [run for run in runs if run.method == "coop"]
     if learned:
-        path = args.out / f"{learned[-1].stem}.pt"
+        last = [run for run in learned if not run.csc] or learned
+        path = args.out / f"{last[-1].stem}.pt"
         if args.demo:
-            print(f"\nnearest words to V of {learned[-1]}: "
+            print(f"\nnearest words to V of {last[-1]}: "
                   + frequent_words(load_prompt(path), setup))
         named = f'"{path}"' if " " in str(path) else path
         print(f"\nto use the prompt: python coop.py --load {named} --predict IMAGE_OR_FOLDER")
@@ -1273,7 +1274,7 @@ def plot_accuracy(results, title, path):
 def plot_images(setup, run, args, path):
     """Eight test images, their class, and what the hand-written and the learned prompt say.
 
-    The images are not selected: the first one of every eighth part of the classes.
+    The images are drawn at random, always the same ones.
     """
     names = setup.classnames(run.classes)
     prompt = load_prompt(args.out / f"{run.stem}.pt")
@@ -1281,20 +1282,18 @@ def plot_images(setup, run, args, path):
     learned = prompt_features(prompt, setup, run.classes)
     f, labels = setup.test_part(run.classes)
     items = setup.renumber(setup.dataset.test, run.classes)
-    present = labels.unique().tolist()               # classes that have test images
+    chosen = random.Random(0).sample(range(len(items)), min(8, len(items)))
     figure = new_figure(13, 2.6)
     figure.suptitle(f"class; below: what \"{args.templates[0]}\" says, "
                     f"what the prompt learned from {run.shots} images per class says", fontsize=10)
-    places = figure.subplots(1, 8)
-    for i, axes in enumerate(places):
-        label = present[i * len(present) // 8]
-        which = int((labels == label).nonzero()[0])
-        axes.imshow(data.test_crop(data.read_image(items[which][0]), 128))
-        axes.set_title(names[label], fontsize=9)
+    places = figure.subplots(1, len(chosen), squeeze=False)[0]
+    for i, axes in zip(sorted(chosen), places):
+        axes.imshow(data.test_crop(data.read_image(items[i][0]), 128))
+        axes.set_title(names[labels[i]], fontsize=9)
         axes.axis("off")
         for line, g in enumerate((hand, learned)):
-            answer = int(classify(f[which:which + 1], g))
-            color = "tab:green" if answer == label else "tab:red"
+            answer = classify(f[i:i + 1], g).item()
+            color = "tab:green" if answer == labels[i] else "tab:red"
             axes.text(0.5, -0.12 - 0.15 * line, names[answer], color=color, fontsize=9,
                       ha="center", transform=axes.transAxes)
     with data.atomic_write(path) as file:
@@ -1594,13 +1593,18 @@ def print_words(prompt, clip, tokenizer, count):
 
 
 def frequent_words(prompt, setup):
-    """The nearest whole words to the vectors of V, the most frequent first, in one line."""
+    """The caption words of the demo nearest to the vectors of V, the most frequent first."""
     V = prompt["V"].to(setup.clip.device).flatten(0, -2)
-    tokens = setup.tokenizer.tokens
-    whole = [i for i, token in enumerate(tokens) if i >= 512 and token.endswith("</w>")]
-    embedding = setup.clip.token_embedding.weight[whole]
+    words = []
+    ids = []
+    for word in data.caption_words():
+        tokens = setup.tokenizer.encode(word)
+        if len(tokens) == 1:                         # rare words are several
+            words.append(word)
+            ids += tokens
+    embedding = setup.clip.token_embedding.weight[ids]
     nearest = torch.cdist(V, embedding, compute_mode=NO_PRODUCT).argmin(-1)
-    counts = collections.Counter(tokens[whole[i]].removesuffix("</w>") for i in nearest.tolist())
+    counts = collections.Counter(words[i] for i in nearest.tolist())
     return ", ".join(f"{word} ({count} of {len(V)})" for word, count in counts.most_common(5))
 
 
@@ -1804,6 +1808,8 @@ def refuse_contradictions(args, parser):
     if args.load:
         if not (args.data or args.demo or uses):
             raise ValueError("--load needs --data, --predict, --export or --words")
+        if not (args.data or args.demo) and (args.template or args.classes != "all"):
+            raise ValueError("--template and --classes go with --data")
         for name in ("shots", "seeds", "M", "csc", "init", "epochs", "views", "probe", "plot",
                      "loss", "noise", "again"):
             if getattr(args, name) != parser.get_default(name):

@@ -1084,6 +1084,12 @@ def draw_pairs(count, seed=0):
     return np.stack(images), captions
 
 
+def caption_words():
+    """All words that a caption can contain, sorted."""
+    parts = [*HUES, *TEXTURES, *SCALES, *GROUNDS, *KINDS, *CAPTIONS, "on"]
+    return sorted(set(re.findall(r"[a-z]+", " ".join(parts))))
+
+
 def draw_dataset(root, counts, style=TASK, seed=1):
     """Draw root/<part>/<color texture>/<number>.png, all in one style, atomically.
 
