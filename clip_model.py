@@ -133,7 +133,7 @@ class CLIP(nn.Module):
         causal at all?  So that the encoder could start from a language model; paper, 2.4.)
 
         EXACT up to rounding: causal also means that columns right of the last eot in the batch
-        change nothing, so they are cut off.  Proof: test_nothing_right_of_eot_matters.
+        change nothing, so they are cut off.  Proof: test_encoders_equal_openais.
         """
         eot = ids.argmax(-1)                                # eot is the largest id
         L = int(eot.max()) + 1
