@@ -16,6 +16,7 @@ import ast
 import copy
 import dataclasses
 import functools
+import glob
 import hashlib
 import http.server
 import importlib
@@ -820,6 +821,25 @@ def test_all_broken_images_are_named_at_once(tmp_path):
 # ---- data.py: files and folders ------------------------------------------------------------------
 
 
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    """If its writer or the disk fails, the old file stays and nothing lies beside it."""
+    file = tmp_path / "new" / "folder" / "file"
+    full = mock.Mock(side_effect=OSError("No space left on device"))
+    with data.atomic_write(file) as out:
+        out.write(b"old")
+    with pytest.raises(KeyError):
+        with data.atomic_write(file) as out:
+            out.write(b"half")
+            raise KeyError
+    for module, function in ((os, "replace"), (pathlib.Path, "write_bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, full)
+            with pytest.raises(OSError, match="No space"):
+                with data.atomic_write(file) as out:
+                    out.write(b"new")
+    assert file.read_bytes() == b"old" and list(file.parent.iterdir()) == [file]
+
+
 def lay_out(root, layout):
     """Files in folders, from "train/* 3; a.csv; b.txt = one, two".  -> root
 
@@ -1360,6 +1380,11 @@ def test_words_are_the_nearest_token_embeddings(command, world, tmp_path, monkey
 
 MISTAKES = {   # a command line: the error
     "learn --shots -1": "--shots: '-1' is not a number of 0 or more",
+    "learn --epochs 0": "--M, --epochs and --words are 1 or more",
+    "learn --noise nan": "--noise is a share between 0 and 1",
+    "learn --init a --M 4": "leave out --M",
+    "learn --json": "--json goes with --predict alone",
+    "learn --demo": "--demo brings its own --data",
     "learn --M 66": "'woven wool' is too long or M = 66 too large",
     "learn --template photo": "--template 'photo' needs {}",
     "learn --device tpu": "--device tpu cannot be used here",
@@ -1395,6 +1420,19 @@ def test_a_mistake_is_one_line(command, world, prompts, tmp_path, monkeypatch, l
     _, err = command(*words, code=2)
     assert re.fullmatch(f"(note: .*\n)*error: .*({MISTAKES[line]}).*\n", err)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("V", torch.zeros(64)), ("V", torch.full((4, 64), math.nan)), ("V", torch.zeros(3, 4, 64)),
+    ("classnames", [1, 2, 3, 4, 5]), ("classnames", ["a"]), ("text_features", torch.zeros(5)),
+    ("logit_scale", 1.0), ("resolution", None), ("path", None), ("settings", None),
+    ("settings", {"position": "sideways"}),
+])
+def test_a_damaged_prompt_is_refused(prompts, tmp_path, key, value):
+    """Whatever part of it is not as we write it."""
+    torch.save({**torch.load(prompts / "unified.pt"), key: value}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="bad.pt is not a learned prompt, or a damaged one"):
+        coop.load_prompt(tmp_path / "bad.pt")
 
 
 # ---- What surrounds a run: kills, other processes, what is shown ---------------------------------
@@ -1494,6 +1532,18 @@ def test_started_as_people_start_it(world, tmp_path):
     result, = results(tmp_path / "runs").values()
     assert list(result["per_class"]) == ["blå", "赤"]
     assert "learned prompts (runs)" in coop.make_parser().format_help()
+
+
+def test_progress(monkeypatch, capsys):
+    """Where there is no terminal: a plain line now and then."""
+    monkeypatch.setattr(coop, "time", mock.Mock(time=mock.Mock(side_effect=itertools.count())))
+    progress = coop.Progress("learning V", 400, "epochs")
+    for _ in range(200):
+        progress("loss 1", count=2)
+    shown = capsys.readouterr().err
+    assert 5 < shown.count("\n") <= 20 and "\r" not in shown
+    half = "learning V:  50 % of 400 epochs, 2.0 per second, 0:01:40 left, loss 1\n"
+    assert half in shown
 
 
 def test_table():
@@ -1866,7 +1916,10 @@ def test_readme_commands(reader, capsys):
     for command in commands:
         if importlib.util.find_spec("matplotlib") is None:
             command = command.replace("--plot", "")
-        words = [os.path.expanduser(word) for word in shlex.split(command)]
+        words = []
+        for word in shlex.split(command):                    # as a shell does
+            word = os.path.expanduser(word)
+            words += glob.glob(word) or [word]
         try:
             coop.main(words)
         except SystemExit as stop:
