@@ -122,7 +122,7 @@ class CLIP(nn.Module):
         return self.visual.conv1.weight.dtype
 
     def encode_image(self, x):
-        """Normalized images (B, 3, R, R) -> features (B, e), not yet L2-normalized."""
+        """Images (B, 3, R, R), by data.normalize -> features (B, e), not L2-normalized."""
         return self.visual(x.to(self.image_dtype))
 
     def encode_text(self, ids):
@@ -164,8 +164,9 @@ class CLIP(nn.Module):
         own, and this function would quietly return wrong features.
 
         The mask is quadratic in the length of the sequence, so many prompts are split into groups,
-        one sequence each.  Past RECOMPUTE_ABOVE tokens a group's activations are not stored but
-        computed again in the backward pass: memory holds those of one group, however large K is.
+        one sequence each.  If all together have more than RECOMPUTE_ABOVE tokens, activations are
+        not stored but computed again, group by group, in the backward pass: memory holds those of
+        one group, however large K is.
         """
         lengths = torch.as_tensor(lengths).tolist()
         longest = len(shared) + max(lengths)
@@ -508,7 +509,8 @@ def prepare(clip, image_dtype=torch.float32):
     them); what stays is torch's SiLU.  Weights are laid out channels-last, as the fast kernels
     want them.  EXACT up to rounding in fp32 (1e-5; test_encoders_equal_openais).
 
-    image_dtype bfloat16 or float16, for the image encoder alone, is APPROXIMATE (README, "Speed").
+    image_dtype bfloat16 or float16, for the image encoder alone, is APPROXIMATE (README, "How it is
+    fast").
     """
     for module in list(clip.modules()):
         fold_batch_norms(module)

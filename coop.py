@@ -15,9 +15,10 @@ Paper -> code: K classes; M context vectors V (M, d), or (K, M, d) with a contex
 the temperature; d token width; e embedding width; T epochs; N images; P tokens that all prompts
 share.
 
-Know before: what CLIP's encoders do (clip_model.py, first two screens), and SGD in PyTorch.  To
-take away: a prompt is a short list of vectors like any other parameter.  It is the same for all
-images, so at test time g is computed once, and a prediction costs one image encoding.
+Know before: what CLIP's two encoders do, and SGD in PyTorch; how encode_prompts turns embeddings
+into g stands in clip_model.py, for afterwards.  To take away: a prompt is a short list of vectors
+like any other parameter.  It is the same for all images, so at test time g is computed once, and a
+prediction costs one image encoding.
 
 Nine chapters: the method; image features; the linear probe; other losses; one run; many runs; a
 learned prompt; the demo; the command line.  The first one is the paper, the rest brings images in
@@ -139,10 +140,10 @@ class PromptLearner(nn.Module):
         period, eot), so prompts of 20 to 22 tokens where CLIP reads 77.
         """
         vocab_size = len(self.embedding)
-        new = self.ids >= vocab_size
+        is_new = self.ids >= vocab_size
         # Id 0 stands in for the new words until the next line puts V there, with its gradient.
-        tokens = self.embedding[self.ids.masked_fill(new, 0)]        # (P + sum of lengths, d)
-        tokens[new] = self.V.flatten(0, -2)[self.ids[new] - vocab_size]
+        tokens = self.embedding[self.ids.masked_fill(is_new, 0)]     # (P + sum of lengths, d)
+        tokens[is_new] = self.V.flatten(0, -2)[self.ids[is_new] - vocab_size]
         return tokens[:self.P], tokens[self.P:], self.lengths
 
 
@@ -245,8 +246,8 @@ def evaluate(image_features, text_features, labels):
 # ---- 2. Image features ---------------------------------------------------------------------------
 #
 # The image encoder is frozen and the crop of image i in epoch n is a pure function of (i, n), so
-# each crop goes through it once, and its features are kept on disk.  Runs that differ in M,
-# position, csc, loss or the start of V share all of this work.
+# its features are computed beforehand and kept on disk.  Runs that differ in M, position, csc, loss
+# or the start of V share all of this work; other images or another T are encoded anew.
 #
 # A job is (path, [crop number, ...]); data.py cuts these crops of the image.
 
@@ -395,7 +396,7 @@ def encode_crops(clip, crops, progress):
     """Features (number of crops, e) fp32 by the image encoder; crops: an iterator as data.crops."""
     features = []
     while True:
-        batch = list(itertools.islice(crops, batch_size(clip)))
+        batch = list(itertools.islice(crops, encoder_batch_size(clip)))
         if not batch:
             return torch.cat(features)
         pixels = np.stack([pixels for _, _, pixels in batch])
@@ -408,7 +409,7 @@ def encode_crops(clip, crops, progress):
         progress(count=len(batch))
 
 
-def batch_size(clip):
+def encoder_batch_size(clip):
     """Images per batch of the image encoder, as measured.
 
     On a CPU a ResNet is fastest when the layers of a batch fit the processor's caches (8 images of
@@ -457,17 +458,16 @@ def linear_probe(train, val):
     """The paper's other baseline: logistic regression on pairs (features (N, e), labels (N,)).
 
     scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by at most 2,000 steps of
-    L-BFGS.  That is its optimum (logits within 2e-3 of Newton's method) but for a large C on many
-    features, where the official code, at 1,000 steps, stops before it, too.  C is chosen by
-    accuracy on val.  Returns weights (K, e), biases (K,) and C.  A class without training images
-    has a bias of -inf: it is never predicted.
+    L-BFGS.  That reaches its optimum (logits within 2e-3 of Newton's method) unless C is large and
+    features are many; the official code stops after 1,000.  C is chosen by accuracy on val.
+    Returns weights (K, e), biases (K,) and C.  A class without training images has a bias of -inf:
+    it is never predicted.
 
-    The features are not L2-normalized, as in the official code.  The probe knows nothing of the
-    class names: each class is a free vector, where CoOp must find one that the text encoder can
-    say.
+    Like the official code, it does not normalize the features.  It knows nothing of the class
+    names: each class is a free vector, where CoOp must find one that the text encoder can say.
     """
-    # Without the features' mean, which only changes the biases, and along their principal axes,
-    # which are no more than the images, the objective is the same and the way to its optimum short.
+    # Centered, which changes only the biases, and rotated to the principal axes of the images, N
+    # at most: the same optimum, reached sooner.
     f = train[0].double()
     mean = f.mean(0)
     _, _, axes = torch.linalg.svd(f - mean, full_matrices=False)         # (min(N, e), e)
@@ -574,15 +574,16 @@ def kgcoop(hand_written):
 
 # ---- 5. One run ----------------------------------------------------------------------------------
 #
-# One run is one file.  Its settings are a Run, and a hash of all of them ends the file's name:
+# One run is one file of results; CoOp's have a prompt beside it.  The settings are a Run, and a
+# hash of all of them ends the names:
 #
 #     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.json       the result
 #     runs/dtd-RN50-coop-4shot-seed1-1a2b3c4d.pt         the learned prompt
 #
 # A run whose files exist is done.  The program itself is one of the settings (`code`), so
 # whoever edits one of its MODULES gets new results.  Device and version of torch, which only round
-# differently, are reported and no settings.  If you add an option, add a field here and a value in
-# make_runs.
+# differently, are reported and no settings.  If you add an option, add a field here, a word in
+# label and a value in make_runs.
 
 
 @dataclass(frozen=True)
@@ -822,7 +823,7 @@ def make_loss(setup, run):
 
 
 def test_splits(run):
-    """The class splits to test on: what was learned for all base classes is tested on new ones."""
+    """The class splits to test on: zero-shot and a shared V of base also on the new classes."""
     if run.classes == "base" and not run.csc and run.method != "linear-probe":
         return ["base", "new"]
     return [run.classes]
@@ -848,7 +849,7 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
                 name = f"{name} ({label})"
             if (labels == label).any():
                 per_class[name] = percent(correct[labels == label])
-    if len(accuracy) == 2:
+    if len(accuracy) == 2:           # base and new: the harmonic mean is low if one of them is
         accuracy["harmonic"] = statistics.harmonic_mean(accuracy.values())
     root = setup.dataset.root
     return {
@@ -866,7 +867,7 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
 
 
 def code_hash(module, *names):
-    """A hash of what a module does, or the named functions of it and all in it that they use.
+    """A hash of a module's code, or of the functions named and all in the module that they use.
 
     Comments, docstrings and layout do not count.  Another version of Python may hash otherwise.
     """
@@ -1039,9 +1040,9 @@ def open_cache(args):
 def load_clip(backbone, args):
     """The model, made fast, and the tokenizer that it was trained with.
 
-    OpenAI's vocabulary; or the merges that lie beside the weights, as the demo's do; or plain
-    bytes.  The number of token embeddings decides.  With another tokenizer every prompt would be
-    another sentence, and nothing would fail.
+    The merges that lie beside the weights, as the demo's do; or else OpenAI's vocabulary or plain
+    bytes, by the number of token embeddings.  With another tokenizer every prompt would be another
+    sentence, and nothing would fail.
     """
     torch.backends.cuda.matmul.allow_tf32 = True     # text encoder on CUDA: fp32, TF32 products
     clip = clip_model.load(backbone, args.device, args.gelu)
@@ -1154,7 +1155,7 @@ def wait_for_all(args):
 
 
 def share_encoding(args, setup, runs):
-    """Put this process's share of all features into the cache, then wait for the others'."""
+    """Put this process's share of test images and CoOp's crops into the cache; wait for all."""
     if args.world > 1:
         wanted = list(chunks([(path, [TEST]) for path, _ in setup.dataset.test]))
         samples = {(run.shots, run.seed): run for run in runs if run.method == "coop"}
@@ -1341,7 +1342,7 @@ def save_prompt(path, setup, run, V):
 
 
 def find_prompt(path):
-    """A prompt file, or the newest one whose path begins so, or of a folder."""
+    """A prompt file; or the newest whose path begins so; or the newest in a folder."""
     if path.is_file():
         return path
     found = []
@@ -1550,7 +1551,7 @@ def export(prompt, path):
     content = dict(
         text_features=prompt["text_features"].numpy(),
         classnames=np.array(prompt["classnames"]),
-        logit_scale=prompt["logit_scale"].exp().item(),
+        logit_scale=prompt["logit_scale"].exp().item(),      # 1 / tau, no logarithm here
         resolution=prompt["resolution"],
         mean=data.MEAN.numpy(),
         std=data.STD.numpy(),

@@ -8,7 +8,7 @@
 
 Know before: a dataset is three lists of (path, label); nothing is decoded until it is needed.
 To take away: the same seed samples the same images as the official code, and a crop is a pure
-function of the image and the epoch n, so whatever is computed from it is computed only once.
+function of the image and a number n, so whatever is computed from it can be kept.
 
 Read in this order: Dataset and few_shot, the crops, the cache, the readers, the download, the
 drawn world of the demo.  Needs torch, numpy and pillow, and no other file of this project.
@@ -166,15 +166,15 @@ def test_crop(image, R):
     short = min(image.size)
     width = min(image.width, 50 * short)
     height = min(image.height, 50 * short)
-    image = center_crop(image, (image.width - width) // 2, (image.height - height) // 2,
+    image = crop_box(image, (image.width - width) // 2, (image.height - height) // 2,
                         width, height)
     width = int(R * image.width / short)
     height = int(R * image.height / short)
     image = image.resize((width, height), Image.BICUBIC)
-    return center_crop(image, round((width - R) / 2), round((height - R) / 2), R, R)
+    return crop_box(image, round((width - R) / 2), round((height - R) / 2), R, R)
 
 
-def center_crop(image, left, top, width, height):
+def crop_box(image, left, top, width, height):
     return image.crop((left, top, left + width, top + height))
 
 
@@ -200,8 +200,7 @@ def train_crop(image, R, rng):
         height = min(image.height, round(image.width * 4 / 3))
         left = (image.width - width) // 2
         top = (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
-    image = image.resize((R, R), Image.BICUBIC)
+    image = crop_box(image, left, top, width, height).resize((R, R), Image.BICUBIC)
     if rng.random() < 0.5:
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
     return image
@@ -210,10 +209,10 @@ def train_crop(image, R, rng):
 def cut(path, numbers, R):
     """Crops of one image, which is decoded once -> (number of crops, R, R, 3) uint8.
 
-    Crop n is what epoch n shows of the image, TEST the middle.  Its random numbers are seeded
-    with the names of the file and its folder and n, nothing else: not with the seed of a run, nor
-    with the order of anything.  So runs that differ in M, position, loss or seed look at the same
-    crops, and the features of a crop can be kept on disk.
+    Epoch n shows crop n of an image (or n % views); TEST is the middle.  Its random numbers are
+    seeded with the names of the file and its folder and n, nothing else: not with the seed of a
+    run, nor with the order of anything.  So runs that differ in M, position or loss look at the
+    same crops, and the features of a crop can be kept on disk.
     """
     image = read_image(path)
     name = "/".join(pathlib.Path(path).parts[-2:])
@@ -386,7 +385,7 @@ class FeatureCache:
 SPLIT_FORM = '{"train": [["cat/1.jpg", 0, "cat"], ...], "val": [...], "test": [...]}'
 FOLDER_FORM = "train/<class>/*.jpg and test/<class>/*.jpg, or <class>/*.jpg alone"
 SPLIT_FILES = ("https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
-          "ac9077ee4e422f768c9b9109551468605e33ec9a/splits/")
+               "ac9077ee4e422f768c9b9109551468605e33ec9a/splits/")
 KNOWN = {   # split file: (name, image folder, template)
     "split_zhou_DescribableTextures.json": ("dtd", "images", "{} texture."),
     "split_zhou_Caltech101.json": ("caltech-101", "101_ObjectCategories", PHOTO),

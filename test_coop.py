@@ -2172,7 +2172,7 @@ def benchmark_images(name):
     low = clip_model.prepare(ours(theirs), torch.bfloat16)
     N = 32 if name in ("RN50", "ViT-B/32", "ViT-B/16") else 4
     x = torch.randn(N, 3, clip.resolution, clip.resolution, device=DEVICE)
-    parts = x.contiguous(memory_format=torch.channels_last).split(coop.batch_size(clip))
+    parts = x.contiguous(memory_format=torch.channels_last).split(coop.encoder_batch_size(clip))
     with torch.inference_mode():
         for kind, model in (("fp32", clip), ("bf16", low)):
             compare(f"image encoder: {name}, {N} images, {kind}",
