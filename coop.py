@@ -150,7 +150,8 @@ class PromptLearner(nn.Module):
 def learning_rate(epoch, T):
     """The official schedule: one epoch at 1e-5, then a cosine from 0.002.
 
-    That first epoch is one of the T, so the cosine stops above zero, at pi (T - 2) / T; kept.
+    The first one is against explosive gradients at the start (paper, section 4.1).  It counts as
+    one of the T, so the cosine stops above zero, at pi (T - 2) / T; kept.
     """
     if epoch == 0:
         return 1e-5
