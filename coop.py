@@ -388,7 +388,10 @@ def feature_chunks(clip, jobs, cache, what):
                 features = encode_crops(clip, data.crops(chunk, clip.resolution), progress)
                 absent = True
         if cache and absent:
-            cache.save(key, features)
+            try:
+                cache.save(key, features)
+            except OSError as error:
+                print(f"note: these image features are not kept on disk, {error}", file=sys.stderr)
         yield features
 
 
@@ -424,12 +427,13 @@ def encoder_batch_size(clip):
 
 
 def chunk_key(clip, jobs):
-    """A hash of all that the features depend on: model, precision, code, images, crop numbers.
+    """A hash of all that features depend on: model, precision, device, code, images, crop numbers.
 
-    An image counts as the same while its path, size and time of change are.  If you add an option
-    that changes crops or features, put it here.
+    CUDA's fp32 is not a CPU's, as it has TF32 products.  An image counts as the same while its
+    path, size and time of change are.  If you add an option that changes crops or features, put it
+    here.
     """
-    description = [weights_name(clip), str(clip.image_dtype), image_code()]
+    description = [weights_name(clip), str(clip.image_dtype), clip.device.type, image_code()]
     for path, numbers in jobs:
         stat = os.stat(path)
         description.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, numbers))
@@ -459,8 +463,8 @@ def linear_probe(train, val):
     """The paper's other baseline: logistic regression on pairs (features (N, e), labels (N,)).
 
     scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by at most 2,000 steps of
-    L-BFGS.  That reaches its optimum (logits within 2e-3 of Newton's method) unless C is large and
-    features are many; the official code stops after 1,000.  C is chosen by accuracy on val.
+    L-BFGS.  That reaches its optimum for C up to about 1 (logits within 2e-3 of Newton's method);
+    with a larger C it can stop before, as the official code does at 1,000.  C is chosen on val.
     Returns weights (K, e), biases (K,) and C.  A class without training images has a bias of -inf:
     it is never predicted.
 
@@ -623,6 +627,10 @@ class Run:
         return f"{readable}-{short_hash(repr(self))}"
 
     @property
+    def paper_epochs(self):
+        return paper_epochs(self.shots, self.dataset)
+
+    @property
     def label(self):
         """The run's row in a table: the method and what is not the paper's default."""
         if self.method == "zero-shot":
@@ -635,8 +643,6 @@ class Run:
                 words.append("csc")
             if self.init:
                 words.append(f'init="{self.init}"')
-            if self.epochs != paper_epochs(self.shots, self.dataset):
-                words.append(f"epochs={self.epochs}")
             if self.views:
                 words.append(f"views={self.views}")
             if self.loss != "ce":
@@ -744,6 +750,7 @@ def run_once(setup, run, out, again=False):
         except ValueError:
             raise ValueError(f"{path} is damaged: delete it, or repeat the run with "
                              "--again") from None
+    path.unlink(missing_ok=True)       # so that a killed repetition leaves no result of before
     start = time.time()
     setup.test_part(run.classes)       # a damaged test image should stop us now, not after training
     encoded = time.time()
@@ -1071,7 +1078,8 @@ def check_runs(args, setup, runs):
     for template in args.templates:
         for split in test_splits(runs[0]):
             for words in template.split(JOIN):
-                texts = [words.replace("{}", name) for name in setup.classnames(split)]
+                names = setup.classnames(split)
+                texts = [words.replace("{}", name.replace("_", " ")) for name in names]
                 setup.tokenizer(texts, setup.clip.context_length)         # ValueError if too long
     samples = {(run.method, run.shots, run.seed): run for run in runs if run.shots}
     for run in samples.values():
@@ -1142,8 +1150,6 @@ def start_processes(args):
         if args.no_cache or args.load:
             raise ValueError("torchrun is for learning, with features shared through the cache: no "
                              "--load, no --no-cache")
-        if args.device == "cuda":
-            args.device = f"cuda:{args.rank % torch.cuda.device_count()}"
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=9))
 
 
@@ -1190,10 +1196,13 @@ PAPER = {
 def collect(results):
     """{row: {shots: [accuracy of each seed]}}; the paper's numbers are a row of their own."""
     rows = {}
-    for result in results:
-        run = Run(**result["settings"])
+    runs = [Run(**result["settings"]) for result in results]
+    other_epochs = [run for run in runs if run.epochs not in (None, run.paper_epochs)]
+    for run, result in zip(runs, results):
         for split, accuracy in result["accuracy"].items():
             row = run.label
+            if other_epochs and run.method == "coop":
+                row += f" epochs={run.epochs}"
             if len(result["accuracy"]) > 1:
                 row += f": {split}"
             rows.setdefault(row, {}).setdefault(run.shots, []).append(accuracy)
@@ -1201,7 +1210,7 @@ def collect(results):
     run = Run(**first["settings"])
     n_test, *accuracies = PAPER.get(run.dataset, (None,))
     same_weights = clip_model.MODELS["RN50"][0].startswith(run.weights)
-    if first["n_test"].get("all") == n_test and same_weights:
+    if run.dataset in PAPER and first["n_test"].get("all") == n_test and same_weights:
         shown = {result["settings"]["shots"] for result in results}
         paper = {}
         for shots, accuracy in zip(PAPER_SHOTS, accuracies):
@@ -1263,7 +1272,8 @@ def plot_accuracy(results, title, path):
                            for count in shots])
         style = "*" if row.startswith("zero-shot") else "o-"
         size = 12 if row.startswith("zero-shot") else 5
-        line, = axes.plot(shots, mean, style, label=row, markersize=size)
+        label = row.replace("$", r"\$")              # no mathematics
+        line, = axes.plot(shots, mean, style, label=label, markersize=size)
         axes.fill_between(shots, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="labeled images per class", ylabel="accuracy on the test images, %",
              title=title, xticks=sorted({result["settings"]["shots"] for result in results}))
@@ -1286,18 +1296,18 @@ def plot_images(setup, run, args, path):
     items = setup.renumber(setup.dataset.test, run.classes)
     chosen = random.Random(0).sample(range(len(items)), min(8, len(items)))
     figure = new_figure(13, 2.6)
-    figure.suptitle(f"class; below: what \"{args.templates[0]}\" says, "
-                    f"what the prompt learned from {run.shots} images per class says", fontsize=10)
+    figure.suptitle(f"class; below: what \"{args.templates[0]}\" says, what {run} says",
+                    fontsize=10)
     places = figure.subplots(1, len(chosen), squeeze=False)[0]
     for i, axes in zip(sorted(chosen), places):
         axes.imshow(data.test_crop(data.read_image(items[i][0]), 128))
-        axes.set_title(names[labels[i]], fontsize=9)
+        axes.set_title(names[labels[i]], fontsize=9, parse_math=False)
         axes.axis("off")
         for line, g in enumerate((hand, learned)):
             answer = classify(f[i:i + 1], g).item()
             color = "tab:green" if answer == labels[i] else "tab:red"
             axes.text(0.5, -0.12 - 0.15 * line, names[answer], color=color, fontsize=9,
-                      ha="center", transform=axes.transAxes)
+                      ha="center", transform=axes.transAxes, parse_math=False)
     with data.atomic_write(path) as file:
         figure.savefig(file, dpi=150)
 
@@ -1781,6 +1791,9 @@ def parse(argv):
     args.csc = {"no": [False], "yes": [True], "both": [False, True]}[args.csc]
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = process_number()
+    if args.device == "cuda" and world > 1:
+        args.device = f"cuda:{rank % torch.cuda.device_count()}"
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:

@@ -215,7 +215,7 @@ def cut(path, numbers, R):
     same crops, and the features of a crop can be kept on disk.
     """
     image = read_image(path)
-    name = "/".join(pathlib.Path(path).parts[-2:])
+    name = "/".join(pathlib.Path(os.path.abspath(path)).parts[-2:])
     found = []
     for n in numbers:
         if n == TEST:
@@ -1085,8 +1085,8 @@ def draw_pairs(count, seed=0):
 
 def caption_words():
     """All words that a caption can contain, sorted."""
-    parts = [*HUES, *TEXTURES, *SCALES, *GROUNDS, *KINDS, *CAPTIONS, "on"]
-    return sorted(set(re.findall(r"[a-z]+", " ".join(parts))))
+    text = " ".join([*HUES, *TEXTURES, *SCALES, *GROUNDS, *KINDS, *CAPTIONS, "on"])
+    return sorted(set(re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", text))))
 
 
 def draw_dataset(root, counts, style=TASK, seed=1):

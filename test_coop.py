@@ -1388,7 +1388,7 @@ MISTAKES = {   # a command line: the error
     "learn --M 66": "'woven wool' is too long or M = 66 too large",
     "learn --template photo": "--template 'photo' needs {}",
     "learn --device tpu": "--device tpu cannot be used here",
-    "learn --out clip.pt/below": "Not a directory|cannot find the path|File exists",
+    "learn --out clip.pt/below": "Not a directory|cannot find the path|already exists|File exists",
     "learn --data long": "does not fit in 77: 'a photo of a b{70}",
     "learn --data long --template {}": "no training images of the all classes",
     "learn --data half": "1 of 8 images .*grid",
@@ -1463,12 +1463,12 @@ def python(last, *arguments, **environment):
 def test_a_killed_sweep_goes_on_where_it_was(command, world, tmp_path):
     """It repeats no finished run and ends as if undisturbed."""
     out = tmp_path / "out"
-    sweep = [*world.learn, "--shots", 1, 2, "--csc", "both"]
+    sweep = [*world.learn, "--device", "cpu", "--shots", 1, 2, "--csc", "both"]
     command(*sweep, "--out", tmp_path / "whole")
     done = {}
     for last in (1, 11, 1, 3, 8):
         process = python(last, *sweep, "--cache", tmp_path / "cache", "--out", out)
-        assert process.communicate()[1] == "" and process.returncode == 9
+        assert "Error" not in process.communicate()[1] and process.returncode == 9
         found = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
         assert done.items() <= found.items()
         done = found
@@ -1512,7 +1512,8 @@ def test_two_processes_share_the_work(command, world, tmp_path):
     table = screen[screen.index("\naccuracy, %"):screen.index("\nto use")]
     assert table in first[0] and second[0] == ""
     files = len(list(two.rglob("*.*")))
-    assert int(first[1]) + int(second[1]) == files and abs(int(first[1]) - files / 2) < 3
+    written = [int(err.split()[-1]) for _, err in (first, second)]
+    assert sum(written) == files and abs(written[0] - files / 2) < 3
     for stem, expected in results(tmp_path / "out").items():
         assert results(two)[stem]["per_class"] == expected["per_class"]
     for mistake in (["--M", 0], ["--data", "nowhere"]):  # which both see, or the first one alone
@@ -2010,6 +2011,7 @@ def test_the_demo_tells_the_papers_story(tmp_path):
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert made == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     assert again.stdout.count("done already") == 2 + 2 * 3
+    assert "nearest words to V of CoOp M=4 end, 1 shots, seed 2: negative (" in again.stdout
 # ---- The benchmark: python test_coop.py [FOLDER OF PHOTOGRAPHS] ----------------------------------
 #
 # Ours and OpenAI's modules in turn, in one process per part; the ratio is the median over pairs.
@@ -2243,9 +2245,10 @@ def benchmark(photographs=None, part=None):
         "steps RN50": lambda: benchmark_steps("RN50"),
         "steps ViT-B/16": lambda: benchmark_steps("ViT-B/16", [("end", False)]),
         "floor": benchmark_floor,
-        "memory 1000": lambda: benchmark_memory(1000),
-        "memory 20000": lambda: benchmark_memory(20000),
     }
+    if sys.platform == "linux":
+        for K in (1000, 20_000):
+            parts[f"memory {K}"] = functools.partial(benchmark_memory, K)
     if photographs:
         parts["job"] = lambda: benchmark_job(photographs)
     for name in SHAPES:
