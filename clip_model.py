@@ -164,7 +164,7 @@ class CLIP(nn.Module):
         own, and this function would quietly return wrong features.
 
         The mask is quadratic in the length of the sequence, so many prompts are split into groups,
-        one sequence each.  If all together have more than RECOMPUTE_ABOVE tokens, activations are
+        one sequence each.  If all rests have more than RECOMPUTE_ABOVE tokens, activations are
         not stored but computed again, group by group, in the backward pass: memory holds those of
         one group, however large K is.
         """

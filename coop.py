@@ -151,7 +151,7 @@ def learning_rate(epoch, T):
     """The official schedule: one epoch at 1e-5, then a cosine from 0.002.
 
     The first one is against explosive gradients at the start (paper, section 4.1).  It counts as
-    one of the T, so the cosine stops above zero, at pi (T - 2) / T; kept.
+    one of the T, so the cosine's angle stops at pi (T - 2) / T, its rate above zero; kept.
     """
     if epoch == 0:
         return 1e-5
@@ -329,7 +329,7 @@ def training_jobs(items, T, views=0, seed=1):
     """The crops that train() reads: jobs, and for each crop its image (index) and its number.
 
     Not all are needed, as each epoch drops its incomplete batch.  Jobs are sorted by path, so that
-    runs on the same images in another order find them in the cache.
+    runs which use the same crops in another order find them in the cache.
     """
     crops = min(views or T, T)
     needed = torch.zeros(len(items), crops, dtype=torch.bool)

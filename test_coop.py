@@ -608,6 +608,7 @@ def test_a_loss_that_is_no_number_ends_training():
 def test_linear_probe_is_at_its_optimum(C, shots, classes, monkeypatch):
     """Logits are those at the lowest point of 1/2 |W|^2 + C * sum of losses, to 2e-3.
 
+    On this small problem for every C; on many features a large C may stop before.
     Two classes have one vector, as in scikit-learn: the first one's weights are zero.  A class
     without training images, here 2 and 5, is never predicted.
     """
@@ -1244,7 +1245,7 @@ def test_an_edit_of_the_program(command, world, tmp_path, monkeypatch, edit):
 
 
 def test_no_crop_is_encoded_twice(command, world, tmp_path, monkeypatch):
-    """For whatever runs; but a changed image or a damaged cache file is encoded anew."""
+    """Not for another M, position, loss or order; a changed image or a damaged file is."""
     cut = mock.Mock(wraps=data.cut)
     monkeypatch.setattr(data, "cut", cut)
     photos = shutil.copytree(world.photos, tmp_path / "photos")
