@@ -303,10 +303,11 @@ def files(small):
     """{layout: the bytes of a weight file}, all of the same model."""
     sd = small.state_dict()
     half = copy.deepcopy(small)
-    openai("model").convert_weights(half)            # in part
-    example = (torch.randn(1, 3, 64, 64).half(), torch.randint(1, 500, (1, 77)))
+    example = (torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 77)))
+    program = torch.jit.trace(half, example, check_trace=False)
+    openai("model").convert_weights(half)            # in part; the program has the same tensors
     traced = io.BytesIO()
-    torch.jit.save(torch.jit.trace(half, example, check_trace=False), traced)
+    torch.jit.save(program, traced)
     bare = {**sd, "context_length": torch.tensor(77)}                # as OpenAI's files have
     both = torch.stack([sd["text_projection"] - 1, sd["text_projection"]], dim=-1)
     bare["text_projection"] = both[..., 1]                           # a view with strides
