@@ -108,7 +108,7 @@ class PromptLearner(nn.Module):
         for i, name in enumerate(classnames):
             name = name.replace("_", " ")
             n = len(tokenizer.encode(name))
-            ids = tokenizer.encode(name + ".")       # together: "U.S." and the period are one token
+            ids = tokenizer.encode(name + ".")       # in "U.S.." the two periods are one token
             first = clip.vocab_size + (i * M if csc else 0)          # the id of its first vector
             new = list(range(first, first + M))
             prompt = [tokenizer.sot] + new[:before] + ids[:n] + new[before:] + ids[n:]
@@ -159,12 +159,12 @@ def learning_rate(epoch, T):
 
 
 def batches(N, T, seed, size=BATCH_SIZE):
-    """For each of T epochs a shuffle of N images in full batches, one at least: index tensors."""
+    """T lists of batches: shuffled indices of N images; a rest of fewer than `size` is dropped."""
     rng = torch.Generator().manual_seed(seed)
     schedule = []
     for _ in range(T):
         shuffled = torch.randperm(N, generator=rng).split(size)
-        schedule.append([batch for batch in shuffled if len(batch) == min(N, size)])
+        schedule.append([batch for batch in shuffled if len(batch) == min(N, size)])  # one at least
     return schedule
 
 
@@ -502,8 +502,9 @@ def fit_logistic(f, labels, K, C):
 
     Two classes have one vector, and zeros for the first class, as in scikit-learn.
     """
-    # Columns that vary much make the objective steep, the others flat.  L-BFGS is quick where all
-    # are alike, so each is divided by about its steepness; 0.05 was the quickest of 0.01 to 0.25.
+    # L-BFGS is quick where the objective is curved alike in all directions, and its curvature along
+    # a column grows with C * sum(f^2): so each column is divided by about the square root of its
+    # curvature.  0.05 was the quickest of 0.01 to 0.25.
     scale = (1 + 0.05 * C * f.square().sum(0)).rsqrt()
     x = F.pad(f * scale, (0, 1), value=1.0)                      # the last column is for biases
     rows = 1 if K == 2 else K
@@ -1208,9 +1209,11 @@ def collect(results):
             rows.setdefault(row, {}).setdefault(run.shots, []).append(accuracy)
     first = results[0]
     run = Run(**first["settings"])
-    n_test, *accuracies = PAPER.get(run.dataset, (None,))
+    if run.dataset not in PAPER:
+        return rows
+    n_test, *accuracies = PAPER[run.dataset]
     same_weights = clip_model.MODELS["RN50"][0].startswith(run.weights)
-    if run.dataset in PAPER and first["n_test"].get("all") == n_test and same_weights:
+    if first["n_test"].get("all") == n_test and same_weights:
         shown = {result["settings"]["shots"] for result in results}
         paper = {}
         for shots, accuracy in zip(PAPER_SHOTS, accuracies):
