@@ -1114,7 +1114,7 @@ def announce(args, setup, runs):
         shape = (K, run.M, d) if run.csc else (run.M, d)
         shapes[f"V {shape}, {math.prod(shape):,} parameters"] = True
     epochs = args.epochs or "by shots, as in the paper"
-    crops = f"{args.views} crops per image" if args.views else "a fresh crop every epoch"
+    crops = f"crops per image: {args.views}" if args.views else "a fresh crop every epoch"
     print(f"to learn: {' or '.join(shapes)}; shots {args.shots}, seeds {args.seeds}, epochs "
           f"{epochs}, {crops}")
     counts = torch.tensor([label for _, label in setup.dataset.train]).bincount()
@@ -1513,7 +1513,7 @@ def predict(prompt, clip, paths, as_json):
             content = data.find_files(path)
             files += content.images
             if content.others:
-                print(f"note: {len(content.others)} other files in {path} passed over; first: "
+                print(f"note: files in {path} passed over: {len(content.others)}; first: "
                       f"{content.others[0]}", file=sys.stderr)
         else:
             files.append(path)

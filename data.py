@@ -29,6 +29,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -1095,15 +1096,19 @@ def draw_dataset(root, counts, style=TASK, seed=1):
     counts: {part: images per class}.
     """
     rng = np.random.default_rng(seed)
-    drawing = root.with_name(root.name + ".drawing")
-    shutil.rmtree(drawing, ignore_errors=True)
-    for part, count in counts.items():
-        for texture, color in itertools.product(TEXTURES, HUES):
-            folder = drawing / part / f"{color} {texture}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                scale = rng.choice(list(SCALES))
-                ground = rng.choice(list(GROUNDS))
-                image = draw(color, texture, scale, ground, style, rng)
-                Image.fromarray(image).save(folder / f"{i:03}.png")
-    drawing.rename(root)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix="drawing-") as temporary:
+        drawing = pathlib.Path(temporary) / "images"
+        for part, count in counts.items():
+            for texture, color in itertools.product(TEXTURES, HUES):
+                folder = drawing / part / f"{color} {texture}"
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    scale = rng.choice(list(SCALES))
+                    ground = rng.choice(list(GROUNDS))
+                    image = draw(color, texture, scale, ground, style, rng)
+                    Image.fromarray(image).save(folder / f"{i:03}.png")
+        try:
+            drawing.rename(root)
+        except OSError:
+            if not root.is_dir():                    # or another process was faster
+                raise
