@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import http.server
 import importlib
 import importlib.util
 import io
@@ -38,7 +37,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import types
 from unittest import mock
@@ -397,50 +395,25 @@ def test_which_gelu(files, small, tmp_path, capsys):
             clip_model.load(path)
 
 
-class Pages(http.server.BaseHTTPRequestHandler):
-    """Answers with a page of the server in one of the states that set_page names."""
-
-    def do_GET(self):
-        content, state = self.server.pages.get(self.path, (b"", "gone"))
-        if state == "gone":
-            self.send_error(404)
-            return
-        if state == "wrong":
-            content = content[:-1] + b"?"
-        sent = len(content) // 2 if state in ("cut", "stalled") else len(content)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[:sent])
-        if state == "stalled" and not self.server.end.wait(10):
-            self.wfile.write(content[sent:])             # to those who have waited so long
-
-
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A web server on this machine with pages {path: (bytes, state)}, and an empty home."""
+def downloads(tmp_path, monkeypatch):
+    """Where downloads belong, in an empty home; half a second without an answer is enough."""
     for name, value in (("HOME", tmp_path), ("USERPROFILE", tmp_path), ("no_proxy", "*")):
         monkeypatch.setenv(name, str(value))
     for module in (clip_model, tokenizer_module):
         monkeypatch.setattr(module, "TIMEOUT", 0.5)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        server.pages = {}
-        server.downloads = tmp_path / ".cache" / "clip"
-        server.downloads.mkdir(parents=True)
-        server.end = threading.Event()
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.end.set()
-        server.shutdown()
+    (tmp_path / ".cache" / "clip").mkdir(parents=True)
+    return tmp_path / ".cache" / "clip"
 
 
-def set_page(server, path, content, state):
-    """state: "whole", "cut" (off half-way), "stalled", "wrong" (another last byte) or "gone"."""
-    server.pages[path] = (content, state)
+@pytest.fixture
+def silent():
+    """The address of a server that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/file"
 
 
-def test_weights_from_three_places(server, files, monkeypatch, capsys):
+def test_weights_from_three_places(downloads, silent, files, tmp_path, monkeypatch, capsys):
     """The first place with the right bytes is taken; if there is none, one line names them all.
 
     A damaged file is fetched again, a sound one is not.  OpenAI's files are QuickGELU.
@@ -448,19 +421,19 @@ def test_weights_from_three_places(server, files, monkeypatch, capsys):
     content = files["bare"]
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(clip_model.MODELS, "RN50", (digest, 244))
-    mirrors = [f"{{hub}}/{i}/{{sha256}}/{{file}}" for i in range(3)]
-    monkeypatch.setattr(clip_model, "MIRRORS", mirrors)
-    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
-    urls = [f"{server.url}/{i}/{digest}/RN50.pt" for i in range(3)]
-    file = server.downloads / "RN50.pt"
-    for i, state in enumerate(("cut", "stalled", "gone")):
-        set_page(server, f"/{i}/{digest}/RN50.pt", content, state)
+    monkeypatch.setattr(clip_model, "MIRRORS", [silent, "{hub}/{sha256}/{file}", "{hub}/{file}"])
+    monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri() + "/")
+    places = [tmp_path / digest / "RN50.pt", tmp_path / "RN50.pt"]
+    urls = [silent, places[0].as_uri(), places[1].as_uri()]
+    file = downloads / "RN50.pt"
+    places[1].write_bytes(content[:-1])
     with pytest.raises(OSError, match="RN50 cannot be downloaded") as error:
         clip_model.load("RN50")
     assert f"{', '.join(urls)} and put it at {file}" in one_line(error)
-    assert not os.listdir(server.downloads)
-    for i, state in enumerate(("wrong", "whole", "whole")):
-        set_page(server, f"/{i}/{digest}/RN50.pt", content, state)
+    assert not os.listdir(downloads)
+    for path in (file, *places):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
     file.write_bytes(content[:-1])
     assert clip_model.load("RN50").sha256 == digest
     with pytest.raises(ValueError, match="trained with QuickGELU"):
@@ -469,7 +442,7 @@ def test_weights_from_three_places(server, files, monkeypatch, capsys):
     assert asked == urls + urls[:2]
 
 
-def test_names_and_addresses_are_openais(server):
+def test_names_and_addresses_are_openais(downloads):
     """The nine models' first addresses, which contain the checksums, are those of clip.py."""
     code = pathlib.Path(openai("model").__file__).with_name("clip.py").read_text(encoding="utf-8")
     theirs = dict(re.findall(r'"(\S+)": "(https://openaipublic\S+)"', code))
@@ -480,24 +453,24 @@ def test_names_and_addresses_are_openais(server):
     assert dict(zip(clip_model.MODELS, addresses, strict=True)) == theirs
 
 
-def test_vocabulary_is_found_or_downloaded(server, monkeypatch):
+def test_vocabulary_is_found_or_downloaded(downloads, silent, tmp_path, monkeypatch):
     """The cached file if it is sound, else a package's, else a download, else one line."""
     packaged = tokenizer_module.find_vocabulary()        # the home is empty
     vocabulary = packaged.read_bytes()
-    cached = server.downloads / packaged.name
+    cached = downloads / packaged.name
     for content, found in ((vocabulary, cached), (vocabulary[:-1], packaged)):
         cached.write_bytes(content)
         assert tokenizer_module.find_vocabulary() == found
     cached.unlink()
-    url = f"{server.url}/vocabulary"
-    monkeypatch.setattr(tokenizer_module, "URL", url)
     monkeypatch.setattr(importlib.util, "find_spec", mock.Mock(return_value=None))
-    for state in ("wrong", "stalled"):
-        set_page(server, "/vocabulary", vocabulary, state)
+    page = tmp_path / "page"
+    page.write_bytes(vocabulary[:-1])
+    for url in (silent, page.as_uri()):
+        monkeypatch.setattr(tokenizer_module, "URL", url)
         with pytest.raises(OSError, match=re.escape(f"put {url} at {cached}")) as error:
             Tokenizer.openai()
-        assert one_line(error) and not os.listdir(server.downloads)
-    set_page(server, "/vocabulary", vocabulary, "whole")
+        assert one_line(error) and not os.listdir(downloads)
+    page.write_bytes(vocabulary)
     assert Tokenizer.openai().encode("a cat") == [320, 2368]
 
 
@@ -994,27 +967,27 @@ def test_folders_that_are_no_dataset(tmp_path, layout, error):
         data.load_dataset(lay_out(tmp_path / "mine", layout))
 
 
-def test_dtd_is_fetched_completely_or_not_at_all(tmp_path, server, monkeypatch):
-    """Gone, cut off, wrong: an OSError with the address, and nothing under a final name."""
+def test_dtd_is_fetched_completely_or_not_at_all(tmp_path, monkeypatch):
+    """Gone or cut off: an OSError with the address, and nothing under a final name."""
     root = tmp_path / "dtd"
     theirs = tmp_path / "theirs"
     lay_out(theirs / "dtd", "images/cat 3; images/zebra 3; labels/train1.txt")
     archive = pathlib.Path(shutil.make_archive(theirs, "gztar", theirs, "dtd"))
-    pages = {"DTD": archive.read_bytes(), "DTD_SPLIT": SPLIT.encode()}
     (tmp_path / "dtd-r1.0.1.tar.gz").touch()         # of an earlier try
-    for name, content in pages.items():
-        digest = hashlib.sha256(content).hexdigest()
-        monkeypatch.setattr(data, name, (f"{server.url}/{name}", digest))
-        for state in ("gone", "cut", "wrong"):
-            set_page(server, f"/{name}", content, state)
-            with pytest.raises(OSError, match=f"download http.*/{name} .* put it"):
+    for name, content in (("DTD", archive.read_bytes()), ("DTD_SPLIT", SPLIT.encode())):
+        page = tmp_path / name
+        monkeypatch.setattr(data, name, (page.as_uri(), hashlib.sha256(content).hexdigest()))
+        for half in (False, True):
+            if half:
+                page.write_bytes(content[:-1])
+            with pytest.raises(OSError, match=f"download file:.*/{name} .* put it"):
                 data.load_dataset(root)
             assert root.exists() == (name == "DTD_SPLIT")
             assert not list(root.glob("*.json"))
-        set_page(server, f"/{name}", content, "whole")
+        page.write_bytes(content)
     data.load_dataset(root)
     shutil.rmtree(root)
-    set_page(server, "/DTD", b"", "gone")            # the archive is kept
+    (tmp_path / "DTD").unlink()                      # the archive is kept
     assert data.load_dataset(root).classnames == ["grevy zebra", "cat"]
 
 
@@ -1667,19 +1640,6 @@ def official_trainer(name, cfg):
         return build_trainer(cfg)
 
 
-def official_and_ours(official, position, csc):
-    """Their CoOp trainer; our CLIP with its weights and our PromptLearner with its V (M = 4)."""
-    torch.manual_seed(0)
-    official.cfg.TRAINER.COOP.N_CTX = 4
-    official.cfg.TRAINER.COOP.CSC = csc
-    official.cfg.TRAINER.COOP.CLASS_TOKEN_POSITION = position
-    trainer = official_trainer("CoOp", official.cfg)
-    clip = ours(official.clip)
-    learner = PromptLearner(clip, official.tokenizer, NAMES, 4, position, csc)
-    learner.V.data.copy_(trainer.model.prompt_learner.ctx)
-    return trainer, clip, learner
-
-
 def official_items(items):
     return [(pathlib.Path(item.impath), item.label) for item in items]
 
@@ -1814,8 +1774,15 @@ def test_V_is_that_of_the_official_training(official, position, csc, tmp_path, m
     T = official.cfg.OPTIM.MAX_EPOCH
     schedule = coop.batches(N, T, seed=1)
     official.cfg.OUTPUT_DIR = str(tmp_path)
-    trainer, clip, learner = official_and_ours(official, position, csc)
+    official.cfg.TRAINER.COOP.N_CTX = 4
+    official.cfg.TRAINER.COOP.CSC = csc
+    official.cfg.TRAINER.COOP.CLASS_TOKEN_POSITION = position
+    torch.manual_seed(0)
+    trainer = official_trainer("CoOp", official.cfg)
     model = trainer.model
+    clip = ours(official.clip)
+    learner = PromptLearner(clip, official.tokenizer, NAMES, 4, position, csc)
+    learner.V.data.copy_(model.prompt_learner.ctx)
     expected = model.text_encoder(model.prompt_learner(), model.tokenized_prompts)
     g = clip.encode_prompts(*learner())
     weights = torch.randn(g.shape, dtype=g.dtype)
@@ -2040,8 +2007,8 @@ def seconds(call):
 
 
 def report(what, **figures):
-    """One row, as a line of JSON."""
-    print(json.dumps({"what": what, **figures}), flush=True)
+    """One row of the table."""
+    print(f"{what:58}", *(f"{key} {value:.3g} " for key, value in figures.items()), flush=True)
 
 
 def compare(what, mine, other, pairs):
@@ -2261,16 +2228,8 @@ def benchmark(photographs=None, part=None):
     print(f"{DEVICE}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}; seconds, ratio = other / ours, "
           "medians over pairs\n", flush=True)
-    lines = []
     for name in parts:
-        command = [sys.executable, __file__, photographs or "", name]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        for line in printed.splitlines():
-            lines.append(line)
-            row = json.loads(line)
-            figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if key != "what")
-            print(f"{row['what']:58} {figures}", flush=True)
-    print("\n" + "\n".join(lines))
+        subprocess.run([sys.executable, __file__, photographs or "", name], check=True)
 
 
 if __name__ == "__main__":
