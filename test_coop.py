@@ -2007,8 +2007,8 @@ def seconds(call):
 
 
 def report(what, **figures):
-    """One row of the table."""
-    print(f"{what:58}", *(f"{key} {value:.3g} " for key, value in figures.items()), flush=True)
+    """One row, as a line of JSON."""
+    print(json.dumps({"what": what, **figures}), flush=True)
 
 
 def compare(what, mine, other, pairs):
@@ -2228,8 +2228,16 @@ def benchmark(photographs=None, part=None):
     print(f"{DEVICE}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, torch {torch.__version__}; seconds, ratio = other / ours, "
           "medians over pairs\n", flush=True)
+    lines = []
     for name in parts:
-        subprocess.run([sys.executable, __file__, photographs or "", name], check=True)
+        command = [sys.executable, __file__, photographs or "", name]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        for line in printed.splitlines():
+            lines.append(line)
+            row = json.loads(line)
+            figures = "  ".join(f"{key} {value:.3g}" for key, value in row.items() if key != "what")
+            print(f"{row['what']:58} {figures}", flush=True)
+    print("\n" + "\n".join(lines))
 
 
 if __name__ == "__main__":
