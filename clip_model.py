@@ -4,7 +4,8 @@
     clip = load("RN50")                      # downloads 244 MiB once; or a weight file of your own
     f = clip.encode_image(x)                 # (B, 3, R, R) -> (B, e)
     g = clip.encode_text(ids)                # (N, L)       -> (N, e)
-    logits = clip.logit_scale.exp() * normalize(f) @ normalize(g).T        # cosine / temperature
+    cosines = F.normalize(f, dim=-1) @ F.normalize(g, dim=-1).T
+    logits = clip.logit_scale.exp() * cosines
 
 "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
 Symbols: B images in a batch; e width of the common embedding; R side of the square image; d width
@@ -55,8 +56,9 @@ def contrastive_loss(image_features, text_features, logit_scale):
 def pretrain(clip, images, ids, steps, batch_size=64, lr=2e-3, progress=None):
     """Train a CLIP from scratch on N pairs: images (N, 3, R, R), ids (N, L).
 
-    AdamW with warm-up and a cosine schedule, as in the CLIP paper's section 2.5, without its
-    scale.  progress(note), if given, is called after every step.
+    AdamW with warm-up and a cosine schedule, simplified from the CLIP paper's section 2.5.  images
+    are normalized, and gradients of the parameters switched on, as in a new CLIP (load() gives a
+    frozen one).  progress(note), if given, is called after every step.
     """
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
@@ -122,11 +124,16 @@ class CLIP(nn.Module):
         return self.visual.conv1.weight.dtype
 
     def encode_image(self, x):
-        """Images (B, 3, R, R), by data.normalize -> features (B, e), not L2-normalized."""
+        """Images (B, 3, R, R) -> features (B, e) in image_dtype, not L2-normalized.
+
+        Images are resized to R x R, scaled to 0 .. 1, minus MEAN, divided by STD.
+        """
         return self.visual(x.to(self.image_dtype))
 
     def encode_text(self, ids):
-        """Token ids (N, L), rows sot ... eot 0 0 0 -> features (N, e), not yet L2-normalized.
+        """Token ids (N, L), rows sot ... eot 0 0 0 -> features (N, e), not L2-normalized.
+
+        L is at most context_length.  eot is the largest id of a row.
 
         The whole sentence is read off at eot, its last token.  Attention is causal: a token sees
         itself and what stands left of it, so eot is the only one that has seen everything.  (Why
@@ -135,7 +142,7 @@ class CLIP(nn.Module):
         EXACT up to rounding: causal also means that columns right of the last eot in the batch
         change nothing, so they are cut off.  Proof: test_encoders_equal_openais.
         """
-        eot = ids.argmax(-1)                                # eot is the largest id
+        eot = ids.argmax(-1)
         L = int(eot.max()) + 1
         x = self.token_embedding(ids[:, :L]) + self.positional_embedding[:L]        # (N, L, d)
         mask = torch.full((L, L), -math.inf, device=x.device, dtype=x.dtype).triu_(1)
@@ -164,7 +171,7 @@ class CLIP(nn.Module):
         own, and this function would quietly return wrong features.
 
         The mask is quadratic in the length of the sequence, so many prompts are split into groups,
-        one sequence each.  If all rests have more than RECOMPUTE_ABOVE tokens, activations are
+        one sequence each.  If the rests together have more than RECOMPUTE_ABOVE tokens, activations are
         not stored but computed again, group by group, in the backward pass: memory holds those of
         one group, however large K is.
         """
@@ -213,9 +220,12 @@ class CLIP(nn.Module):
     def from_state_dict(cls, sd, gelu="quick"):
         """The model that a state dict with OpenAI's names belongs to, sizes read off the shapes.
 
-        Weights are copied as fp32; the model is in eval mode.  gelu: "quick" or "exact", which the
-        weights cannot say.  Raises ValueError if names, shapes or values do not fit.
+        Weights are copied as fp32; the model is in eval mode, not frozen.  gelu: "quick" or
+        "exact", which the weights cannot say.  Raises ValueError if names, shapes or values do not
+        fit.
         """
+        if "prepared" in sd:
+            raise ValueError("saved after prepare(), which changes weights; save them before it")
         weights = {}
         for name, value in sd.items():
             if name in ("input_resolution", "context_length", "vocab_size"):    # no weights
@@ -228,7 +238,7 @@ class CLIP(nn.Module):
             with torch.device("meta"):       # no memory and no random numbers: weights come below
                 clip = cls(**read_architecture(weights))
             clip.load_state_dict(weights, assign=True)      # strict: every name and shape fits
-        except (KeyError, RuntimeError, IndexError, ValueError) as error:
+        except (KeyError, RuntimeError, IndexError, ValueError, ZeroDivisionError) as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(f"not the weights of one of OpenAI's architectures: {why}") from None
         if gelu == "exact":
@@ -245,8 +255,8 @@ def read_architecture(weights):
     e = weights["text_projection"].shape[1]
     if "visual.proj" in weights:
         channels, _, _, patch = weights["visual.conv1.weight"].shape
-        if channels in (1280, 1408, 1664):
-            raise ValueError(f"an image encoder of width {channels} (ViT-H, g or bigG) has "
+        if channels in (1280, 1408, 1664, 1792):
+            raise ValueError(f"an image encoder of width {channels} (ViT-H, g, bigG or E) has "
                              f"attention heads wider than {HEAD}: it would be computed wrongly")
         side = grid_side(weights["visual.positional_embedding"])
         layers = count_children(weights, "visual.transformer.resblocks")
@@ -510,8 +520,9 @@ def prepare(clip, image_dtype=torch.float32):
     want them.  EXACT up to rounding in fp32 (1e-5; test_encoders_equal_openais).
 
     image_dtype bfloat16 or float16, for the image encoder alone, is APPROXIMATE (README, "How it is
-    fast").
+    fast").  The state dict of a prepared model is not one that load() reads.
     """
+    clip.register_buffer("prepared", torch.tensor(True))
     for module in list(clip.modules()):
         fold_batch_norms(module)
         if isinstance(module, Block) and isinstance(module.mlp.gelu, QuickGELU):
@@ -563,6 +574,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def load(name_or_path, device="cpu", gelu=None):
     """A frozen CLIP in fp32 and eval mode, with the file's checksum as `.sha256`.
 
+    To fine-tune it, call requires_grad_(True) and leave out prepare().
+
     name_or_path: one of OpenAI's nine models by name, or a file with OpenAI's tensor names: their
     TorchScript archive, a state dict saved by torch.save, or open_clip's safetensors.
 
@@ -572,6 +585,8 @@ def load(name_or_path, device="cpu", gelu=None):
 
     Raises ValueError for a file that holds no such CLIP, OSError if a download fails.
     """
+    if gelu not in (None, "quick", "exact"):
+        raise ValueError(f"gelu is {gelu!r}; expected 'quick', 'exact' or None")
     path = pathlib.Path(name_or_path)
     if name_or_path in MODELS:
         path = fetch(name_or_path)
@@ -588,7 +603,7 @@ def load(name_or_path, device="cpu", gelu=None):
     try:
         weights = read_weights(path)
     except ValueError:
-        if not openai or not hasattr(torch, "jit"):
+        if not openai or not hasattr(torch, "jit"):          # torch may drop it
             raise
         # OpenAI's own file may run its code: the last resort, should our reader not understand it
         weights = torch.jit.load(path, map_location="cpu").state_dict()
@@ -618,9 +633,10 @@ def choose_gelu(path, gelu):
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{config} cannot be read: {error!r} (expected open_clip's model_cfg and "
                          "preprocess_cfg)") from None
-    if math.dist(mean, MEAN) > 1e-3 or math.dist(std, STD) > 1e-3:
+    close = functools.partial(math.isclose, abs_tol=1e-3)
+    if len(mean) != 3 or len(std) != 3 or not all(map(close, mean + std, MEAN + STD)):
         raise ValueError(f"{config}: the model expects pixels with mean {mean} and standard "
-                         f"deviation {std}; this program normalizes with OpenAI's {list(MEAN)}")
+                         f"deviation {std}; expected OpenAI's {list(MEAN)}, {list(STD)}")
     found = "quick" if quick else "exact"
     if gelu not in (None, found):
         raise ValueError(f"{config} says {found} GELU: leave out --gelu {gelu}")
@@ -719,7 +735,7 @@ def read_file(path):
         kind = "a Git LFS pointer, not the file itself: fetch it with git lfs pull"
     elif start.lstrip().startswith(b"<"):
         kind = "an HTML page, not weights: the download went wrong"
-    elif start.startswith((b"\x80\x02\x8a\x0a\x6c\xfc", b"\x80")):
+    elif start.startswith(b"\x80"):
         kind = ("in torch's old format: save it once more with a current torch, "
                 "torch.save(torch.load(path, weights_only=True), path)")
     elif not start:
@@ -750,7 +766,7 @@ class Inert(dict):
 
 
 class Reader(pickle.Unpickler):
-    """Rebuilds tensors and containers, calls nothing.
+    """Rebuilds tensors and containers, calls nothing else.
 
     A pickle is a small program that may call any function it can name.  Here the names that make a
     tensor are answered by the functions below, and every other name by Inert.

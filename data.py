@@ -1,5 +1,6 @@
 """Images for few-shot learning: read a dataset's folder, sample the shots, cut the crops.
 
+    import random
     from data import load_dataset, few_shot, crops
     dataset = load_dataset("./dtd")                         # .classnames .train .val .test ...
     shots = few_shot(dataset.train, 4, random.Random(1))    # 4 per class: [(path, label), ...]
@@ -61,8 +62,8 @@ def few_shot(items, shots, rng):
     """`shots` items (path, label) of each class, all of them where a class has fewer.
 
     rng: a random.Random.  Classes are sampled one after the other, in the order of their first
-    item.  With rng = Random(seed), first for the training list and then for the validation list,
-    these are the official code's images.  With four images per class the luck of the sample is
+    item.  With rng = Random(seed), first for the training list and then for min(shots, 4) of the
+    validation list, these are the official code's images.  With four images per class the luck of the sample is
     worth several points, so compare methods on the same samples, and over several seeds.
     """
     groups = {}
@@ -229,6 +230,9 @@ def cut(path, numbers, R):
 def crops(jobs, R):
     """Yield (path, n, crop n of that image) for jobs [(path, [n, ...]), ...], in order.
 
+    A crop is uint8 (R, R, 3); normalize takes a batch of them.  ValueError at the first image that
+    cannot be read.
+
     Threads decode ahead, as Pillow releases Python's lock; but only an image each, so that memory
     does not depend on how fast the crops are used.
     """
@@ -279,7 +283,7 @@ def check_images(paths, dataset):
 
 
 def find_broken(paths):
-    """{problem: [path, ...]} of the images that cannot be read."""
+    """{problem: [path, ...]} of the images that cannot be read.  paths: a list."""
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         problems = list(pool.map(find_problem, paths))
     broken = {}
@@ -343,8 +347,8 @@ def atomic_write(path):
 class FeatureCache:
     """Features on disk, a file for each chunk of crops that are encoded together.
 
-    The name of a file is a hash of all that its features depend on (chunk_key in coop.py), so
-    nothing is ever out of date or merged, and several processes may share the folder.
+    The name of a file is a key, a hash of all that its features depend on, so nothing is ever out
+    of date or merged, and several processes may share the folder.
     """
 
     def __init__(self, folder):
@@ -404,8 +408,9 @@ KNOWN = {   # split file: (name, image folder, template)
 def load_dataset(root):
     """The dataset in a folder, by the first reader that fits.  Reads names, not pixels.
 
-    Raises ValueError, with what was found and what was expected, if none fits or if the files
-    contradict each other; OSError if a download fails.  What is passed over stands in `.notes`.
+    A folder called dtd that does not exist is downloaded.  Raises ValueError, with what was found
+    and what was expected, if none fits or if the files contradict each other; OSError if a file is
+    missing or the download fails.  What is passed over stands in `.notes`.
     """
     root = pathlib.Path(os.path.abspath(root))
     if root.name == "dtd" and not root.exists():
@@ -506,7 +511,10 @@ def some(names, count=5):
 
 def read_lines(file):
     """Stripped lines of a text file that are not empty; a byte-order mark is ignored."""
-    lines = file.read_text(encoding="utf-8-sig").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file in UTF-8 ({error}); save it as one") from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -776,7 +784,7 @@ def read_folders(root):
         skipped.unused += [root / name for name in scan(root).folders if name != "images"]
     content = scan(home)
     parts = find_parts(home)
-    tables = scan_tables({root, home})
+    tables = scan_tables([root] if home == root else [root, home])
     refuse_flat_parts(home, parts)
     if any(has_class_folders(folder) for folder in parts.values()):
         folders = [home / name for name in content.folders]
@@ -814,7 +822,7 @@ def read_parts(home, parts, skipped):
     notes = []
     if "train" in found and len(found) == 1:
         raise ValueError(f"{home} has {parts['train'].name}/ and no test/ beside it; expected "
-                         f"{FOLDER_FORM}, so --data {parts['train']} would split it")
+                         f"{FOLDER_FORM}, so {parts['train']} alone would be split")
     if "test" not in found:
         notes.append(f"{home} has no test/: the images of {parts['val'].name}/ are for testing, "
                      "none are left for validation")

@@ -347,6 +347,7 @@ def test_unusable_weight_files(files, small, tmp_path, monkeypatch):
         "Hugging Face's.*take open_clip_model": saved({"text_model.encoder": torch.ones(3)}),
         "width 1280": saved({**sd, **wide}),         # its heads are of 80, with the same names
         "whole pickled module": saved(ours(small)),
+        "saved after prepare": saved(clip_model.prepare(ours(small)).state_dict()),
         "old format: save it once more": saved(sd, _use_new_zipfile_serialization=False),
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
         "HTML page": b"\n<!DOCTYPE html><html>Please log in</html>",
@@ -388,6 +389,9 @@ def test_which_gelu(files, small, tmp_path, capsys):
     config = tmp_path / "open_clip_config.json"
     config.write_text('{"model_cfg": {}}')
     assert clip_model.load(path).gelu == "exact", "open_clip's default"
+    for gelu, words in (("quick", "says exact GELU"), ("Exact", "expected 'quick'")):
+        with pytest.raises(ValueError, match=words):
+            clip_model.load(path, gelu=gelu)
     for words, constant in (("mean .0.5", "mean"), ("deviation .0.5", "std")):
         pixels = {constant: [0.5, 0.5, 0.5]}
         config.write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": pixels}))
@@ -954,7 +958,7 @@ def test_folders_as_people_have_them(tmp_path, monkeypatch, layout, classes, cou
     ("* 4; owl 1", "'owl' has 1 image; it needs one for training"),
     ("hot_dog 4; Hot  Dog 4", "'Hot  Dog' and 'hot_dog' make the same prompt"),
     ("train/* 3; training/* 3; test/* 3", "training/: which one is train"),
-    ("train/* 3", "no test/ .* so --data .*train would split it"),
+    ("train/* 3", "no test/ .* so .*train alone would be split"),
     ("train/* 3; test/fox 3", "'fox', which is none of the 2 classes"),
     ("0.jpg; a.csv; dog/0.HEIC", "1 .HEIC.* 1; first: 0.jpg.*a.csv is not read"),
     ("n01440764 4; pug 4" + LIST, "classnames.txt has no name for pug"),

@@ -160,7 +160,8 @@ class Tokenizer:
         """The tokenizer of all of OpenAI's CLIP models, from the vocabulary file at path.
 
         Without a path: from ~/.cache/clip, from an installed `clip` or `open_clip`, or a download
-        (1.4 MB, checksum compared).  Raises OSError if there is none, ValueError if it is damaged.
+        (1.4 MB), all three with the right checksum.  Raises OSError if none can be had, ValueError
+        if the file at path is not such a vocabulary.
         """
         path = pathlib.Path(path or find_vocabulary())
         expected = f"expected {VOCABULARY}, a header and {N_MERGES} lines of two symbols"
@@ -178,7 +179,7 @@ class Tokenizer:
     def from_file(cls, path):
         """A tokenizer from a text file with one merge, two symbols, per line, as save() writes."""
         lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines]
+        merges = [tuple(line.split(" ")) for line in lines if line]
         if any(len(pair) != 2 for pair in merges):
             raise ValueError(f"{path} is not a list of merges: expected two symbols per line")
         return cls(merges)
@@ -213,7 +214,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids):
-        """Ids -> str: lower case, a space after every word; bytes that are no UTF-8 are U+FFFD."""
+        """Ids -> str: lower case, a space after every word; bytes that are no UTF-8 are U+FFFD.
+
+        Of a row of __call__ only the ids up to eot are text: the zeros behind it are "!", too.
+        """
         byte = {symbol: b for b, symbol in SYMBOLS.items()}
         symbols = "".join(self.tokens[i] for i in ids)
         content = bytes(byte[symbol] for symbol in symbols)
@@ -282,6 +286,7 @@ def main(texts):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")         # for terminals without UTF-8
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
