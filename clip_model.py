@@ -817,6 +817,8 @@ def read_zip(path):
     """
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.split("/")[-1] == "data.pkl"]
+        if not pickles:
+            raise ValueError("there is no data.pkl in it")
         root = min(pickles, key=len).removesuffix("data.pkl")
         return Reader(archive, root).load()
 

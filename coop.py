@@ -126,7 +126,8 @@ class PromptLearner(nn.Module):
         self.register_buffer("ids", torch.tensor(packed, device=embedding.device))
         self.register_buffer("embedding", embedding, persistent=False)     # CLIP's own, no copy
 
-        K, d = len(classnames), embedding.shape[1]
+        K = len(classnames)
+        d = embedding.shape[1]
         shape = (K, M, d) if csc else (M, d)
         V = 0.02 * torch.randn(shape)
         if init is not None:
@@ -1075,7 +1076,7 @@ def check_runs(args, setup, runs):
     for split in test_splits(runs[0]):
         wanted = setup.labels(split)
         if not any(label in wanted for _, label in dataset.test):
-            raise ValueError(f"there are no test images of the {split} classes")
+            raise ValueError(f"there are no test images{of_classes(split)}")
     for template in args.templates:
         for split in test_splits(runs[0]):
             for words in template.split(JOIN):
@@ -1086,8 +1087,8 @@ def check_runs(args, setup, runs):
     for run in samples.values():
         train_items, val_items = setup.few_shot(run)
         if not train_items:
-            raise ValueError(f"{dataset.root} has no training images of the {run.classes} classes: "
-                             "use --shots 0, or --load a learned prompt")
+            raise ValueError(f"{dataset.root} has no training images{of_classes(run.classes)}: use "
+                             "--shots 0, or --load a learned prompt")
         needed.update(path for path, _ in train_items)
         if run.method == "linear-probe":
             needed.update(path for path, _ in val_items)
@@ -1123,6 +1124,11 @@ def announce(args, setup, runs):
         print("note: a class with fewer training images than --shots gives all that it has (the "
               f"smallest: {smallest}; of class folders without train/ and test/, half of the "
               "images are for training)", file=sys.stderr)
+
+
+def of_classes(split):
+    """A split in words, for a message."""
+    return "" if split == "all" else f" of the {split} classes"
 
 
 def print_result(run, result, done):
@@ -1356,19 +1362,25 @@ def save_prompt(path, setup, run, V):
 
 
 def find_prompt(path):
-    """A prompt file; or the newest whose path begins so; or the newest in a folder."""
+    """A prompt file, or the newest in a folder, or the newest whose path begins so.
+
+    Up to a "-" of the name: runs/photos is the beginning of runs/photos-rn50-....pt, not of
+    runs/photos2-rn50-....pt.
+    """
+    if path.suffix == ".json":                       # the result beside it
+        path = path.with_suffix(".pt")
     if path.is_file():
         return path
-    found = []
     if path.is_dir():
-        found = list(path.glob("*.pt"))
-    elif path.parent.is_dir():
-        for file in path.parent.iterdir():
-            if file.name.startswith(path.name) and file.suffix == ".pt":
-                found.append(file)
+        there = found = list(path.glob("*.pt"))
+    else:
+        there = list(path.parent.glob("*.pt"))
+        found = [file for file in there if file.name.startswith(f"{path.name}-")]
     if not found:
+        names = data.some(sorted(file.name for file in there)) or "none"
         raise ValueError(f"no prompt {path}: expected a file of this program (runs/*.pt), the "
-                         "beginning of its path, or a checkpoint of the official code")
+                         "beginning of its path up to a '-', or a checkpoint of the official code; "
+                         f"prompts in {path if path.is_dir() else path.parent}: {names}")
     newest = max(found, key=os.path.getmtime)
     print(f"prompt: {newest} (the newest of {len(found)})", file=sys.stderr)
     return newest
@@ -1488,11 +1500,15 @@ def test_prompt(prompt, setup, args):
     if args.classes == "base" and prompt["V"].dim() == 2:
         splits = ["base", "new"]
     learned = {split: prompt_features(prompt, setup, split) for split in splits}
+    own = prompt["classnames"] or setup.dataset.classnames
+    others = [name for name in setup.dataset.classnames if name not in own]
+    if others:
+        print(f"note: V was learned for other classes than {data.some(others)}", file=sys.stderr)
     data.check_images([path for path, _ in setup.dataset.test], setup.dataset)
     for split, g in learned.items():
         f, labels = setup.test_part(split)
         if not len(labels):
-            raise ValueError(f"there are no test images of the {split} classes")
+            raise ValueError(f"there are no test images{of_classes(split)}")
         name = "" if split == "all" else f" ({split} classes)"
         for template in args.templates:
             accuracy = evaluate(f, setup.hand_written(template, split), labels)
@@ -1596,6 +1612,7 @@ def nearest_words(V, clip, tokenizer, count):
 
 def print_words(prompt, clip, tokenizer, count):
     """Print the nearest vocabulary entries of every context vector."""
+    print("the nearest entries of the vocabulary to each vector of V, with their distances")
     V = prompt["V"].to(clip.device)
     contexts = V if V.dim() == 3 else V[None]
     for k, context in enumerate(contexts):
@@ -1800,8 +1817,9 @@ def parse(argv):
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).split("\n")[0]
-        raise ValueError(f"--device {args.device} cannot be used here: {first_line}") from None
+        first_line = str(error).split("\n")[0][:60]
+        raise ValueError(f"--device {args.device} cannot be used here; expected cpu, cuda, cuda:1 "
+                         f"or mps, where there is one ({first_line} ...)") from None
     if args.precision is None:
         args.precision = "fp16" if args.device.startswith("cuda") else "fp32"
     args.templates = []
@@ -1815,14 +1833,14 @@ def parse(argv):
 def refuse_contradictions(args, parser):
     """ValueError for options that cannot go together or are out of range."""
     uses = args.predict or args.export or args.words
+    if uses and not args.load:
+        raise ValueError("--predict, --export and --words need --load PROMPT")
     if not (args.data or args.demo or args.load):
         raise ValueError("one of --data, --demo and --load is needed (see --help)")
     if args.data and args.demo:
         raise ValueError("--demo brings its own --data")
     if args.demo and args.backbone:
         raise ValueError("--demo trains a model of its own: leave out --backbone")
-    if uses and not args.load:
-        raise ValueError("--predict, --export and --words need --load PROMPT")
     if args.load:
         if not (args.data or args.demo or uses):
             raise ValueError("--load needs --data, --predict, --export or --words")
@@ -1896,9 +1914,8 @@ def main(argv=None):
         traceback.print_exc(file=shown)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped; finished runs and encoded images are kept, the same command goes on "
-              "from there",
-              file=sys.stderr)
+        print("\nstopped; finished runs and encoded images (but for the last thousand crops) are "
+              "kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
 

@@ -115,7 +115,8 @@ def read_image(path):
             image.load()
             return to_rgb(upright(image))
     except Exception as error:       # Pillow raises a dozen kinds of errors for damaged files
-        raise ValueError(f"cannot read image {path}: {error}") from None
+        raise ValueError(f"cannot read image {path}: {error} (replace or remove it; HEIC and the "
+                         "like: convert it to JPEG)") from None
 
 
 TURNS = {   # value of the EXIF mark "Orientation": how to undo it
@@ -231,10 +232,20 @@ def crops(jobs, R):
     """Yield (path, n, crop n of that image) for jobs [(path, [n, ...]), ...], in order.
 
     A crop is uint8 (R, R, 3); normalize takes a batch of them.  ValueError at the first image that
-    cannot be read.
+    cannot be read, which names all that cannot.
+    """
+    try:
+        yield from decode_ahead(jobs, R)
+    except ValueError as error:
+        damaged = find_damaged([path for path, _ in jobs])
+        raise ValueError(f"{error}; of {len(jobs)} images {len(damaged)} cannot be decoded: "
+                         f"{some(damaged, 20)}") from None
 
-    Threads decode ahead, as Pillow releases Python's lock; but only an image each, so that memory
-    does not depend on how fast the crops are used.
+
+def decode_ahead(jobs, R):
+    """The crops, by threads, as Pillow releases Python's lock.
+
+    Each thread is only an image ahead, so that memory does not depend on how fast crops are used.
     """
     workers = min(16, os.cpu_count() or 1)
     ahead = collections.deque()
@@ -291,6 +302,16 @@ def find_broken(paths):
         if problem:
             broken.setdefault(problem, []).append(path)
     return broken
+
+
+def find_damaged(paths):
+    """The images that cannot be decoded completely."""
+    damaged = []
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for path, decoding in [(path, pool.submit(read_image, path)) for path in paths]:
+            if decoding.exception():
+                damaged.append(path)
+    return damaged
 
 
 def find_problem(path):
@@ -472,11 +493,12 @@ def likely_mistakes(dataset):
     """Notes on class names that CLIP cannot understand and on classes without images."""
     notes = []
     names = dataset.classnames
-    codes = [name for name in names if re.fullmatch(r"n\d{8}.*|\d+([._-]\D.*)?", name)]
+    codes = [name for name in names
+             if re.fullmatch(r"n\d{8}.*|\d+([._-]\D.*)?|class[ _-]?\d+", name)]
     if codes:
         notes.append(f"{len(codes)} class names have codes in them, e.g. {codes[0]}: CLIP needs "
-                     "words (a classnames.txt with lines like 'n01440764 tench', or renamed "
-                     "folders)")
+                     "words, so rename the folders (for codes like n01440764 a classnames.txt with "
+                     "lines like 'n01440764 tench' will do, too)")
     if {name.lower() for name in names} <= {"images", "masks", "labels", "annotations"}:
         notes.append(f"{some(names)} look like parts of a segmentation dataset, not like classes")
     for first, second in same_prompts(names):
@@ -809,11 +831,11 @@ def read_folders(root):
 
 
 def scan_tables(folders):
-    """Files in folders that might hold labels."""
+    """Files in folders that might hold labels or class names."""
     tables = []
     for folder in folders:
         tables += [folder / name for name in scan(folder).others if name.endswith(TABLES)]
-    return [file for file in tables if file.suffix != ".txt"]
+    return [file for file in tables if file.suffix != ".txt" or file.name == "classnames.txt"]
 
 
 def read_parts(home, parts, skipped):
@@ -924,7 +946,8 @@ def split_classes(found):
     for name, paths in found.items():
         if len(paths) < 2:
             raise ValueError(f"class {name!r} has 1 image; it needs one for training and one for "
-                             "testing (add images, or move the folder away)")
+                             "testing (add images, or move the folder away; to test a learned prompt "
+                             "on all images, put the class folders into a folder test)")
         items = [(path, name) for path in paths]
         rng.shuffle(items)
         n_train = round(0.5 * len(items))

@@ -782,17 +782,25 @@ def test_all_broken_images_are_named_at_once(tmp_path):
     """With what they are instead; but only if one of those that are needed is broken."""
     dataset = data.load_dataset(paint(tmp_path / "mine", ["cat", "dog"], [10, 10]))
     paths = [path for path, _ in dataset.train + dataset.val + dataset.test]
-    paths[0].write_bytes(b"\n<!DOCTYPE html><html>not found</html>")
-    paths[1].write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    Image.new("F", (4, 4)).save(paths[2], format="TIFF")
-    paths[3].write_bytes(paths[3].read_bytes()[:-2000])
-    data.check_images(paths[3:], dataset)            # their headers are sound
-    with pytest.raises(ValueError, match="3 of 20 images cannot be read") as error:
-        data.check_images(paths[2:], dataset)
-    for path, words in zip(paths, ("web pages", "no format", "32-bit float")):
+    contents = {
+        "web pages": b"\n<!DOCTYPE html><html>not found</html>",
+        "no format": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        "LFS pointers": b"version https://git-lfs.github.com/spec/v1\n",
+        "empty": b"",
+        "cut short": paths[4].read_bytes()[:-2000],
+        "cut short, too": paths[5].read_bytes()[:-2000],
+    }
+    for path, content in zip(paths, contents.values()):
+        path.write_bytes(content)
+    Image.new("F", (4, 4)).save(paths[6], format="TIFF")
+    data.check_images(paths[4:6] + paths[7:], dataset)         # their headers are sound
+    with pytest.raises(ValueError, match="5 of 20 images cannot be read") as error:
+        data.check_images(paths[6:], dataset)
+    for path, words in zip([*paths[:4], paths[6]], [*list(contents)[:4], "32-bit float"]):
         assert re.search(f"{words}[^;]*{path.name}", one_line(error))
-    with pytest.raises(ValueError, match="cannot read image .* truncated"):
-        data.read_image(paths[3])
+    with pytest.raises(ValueError, match="image .* truncated .* 2 cannot be decoded") as error:
+        list(data.crops([(path, [data.TEST]) for path in paths[4:6] + paths[7:]], 32))
+    assert paths[4].name in one_line(error) and paths[5].name in one_line(error)
     with pytest.raises(ValueError, match="cannot read image .* cannot identify"):
         data.read_image(paths[1])                    # and not run, as PostScript is a program
 
@@ -920,7 +928,7 @@ FOLDERS = [   # layout, classes, images for train, val and test, notes
      "2 .pdf, .*; first: dog/7; .* 3; first: dog/pups/small/0.jpg; .* 1; first: a.png; .*: owl$"),
     ("cat 4; dog/.git 3; ._0.jpg; __MACOSX/* 3; dog/0.JPG; dog/1.JPG", "cat, dog", [3, 1, 2], "^$"),
     ("0 4; n01440764 4", "0, n01440764", [4, 2, 2], "2 class names have codes"),
-    ("* 4; classnames.txt = cat, fox", "cat, dog", [4, 2, 2], "^$"),
+    ("* 4; classnames.txt = cat, fox", "cat, dog", [4, 2, 2], "^classnames.txt is not used"),
     ("train/n01484850 3; train/n01440764 3; val/n01484850 2" + LIST, "tench, white shark",
      [6, 0, 2], "classes without test images: tench"),
     ("x/0 1; x/2 2" + LIST, "white shark, crane", [0, 0, 3], "^$"),
@@ -1222,6 +1230,14 @@ def test_an_edit_of_the_program(command, world, tmp_path, monkeypatch, edit):
     assert all(path.read_bytes() == content for path, content in old.items())
 
 
+def test_V_starts_from_its_seed(command, world, tmp_path, monkeypatch):
+    """Before any training, V differs from seed to seed."""
+    monkeypatch.setattr(coop, "train", mock.Mock())
+    command(*world.learn, "--seeds", 1, 2)
+    first, second = vectors(tmp_path / "out").values()
+    assert relative(first, second) > 1
+
+
 def test_no_crop_is_encoded_twice(command, world, tmp_path, monkeypatch):
     """Not for another M, position, loss or order; a changed image or a damaged file is."""
     cut = mock.Mock(wraps=data.cut)
@@ -1342,10 +1358,11 @@ def test_words_are_the_nearest_token_embeddings(command, world, tmp_path, monkey
         command(*world.learn, "--backbone", "clip.pt", "--csc", csc)
     V, = [V for V in vectors(tmp_path / "out").values() if V.dim() == 3]
     monkeypatch.chdir(tmp_path)
-    pathlib.Path("out/other.pt").touch()
+    for name in ("other", "photos2-newer"):
+        pathlib.Path(f"out/{name}.pt").touch()
     screen, _ = command("--load", "out/photos", "--words", 2)
     embeddings = torch.load(world.weights)["token_embedding.weight"].double()
-    rows = [line for line in screen.splitlines() if line not in CLASSES]
+    rows = [line for line in screen.splitlines()[1:] if line not in CLASSES]
     assert len(rows) == 5 * 16
     for row, vector in zip(rows, V.double().flatten(0, 1)):
         distances, ids = (embeddings - vector).norm(dim=1).topk(2, largest=False)
@@ -1358,6 +1375,8 @@ def test_words_are_the_nearest_token_embeddings(command, world, tmp_path, monkey
 # ---- Bad input -----------------------------------------------------------------------------------
 
 MISTAKES = {   # a command line: the error
+    "--predict x.jpg": "--predict, --export and --words need --load",
+    "--load nothing --words 1": "no prompt nothing: .* prompts in .: .*gone.pt, ",
     "learn --shots -1": "--shots: '-1' is not a number of 0 or more",
     "learn --epochs 0": "--M, --epochs and --words are 1 or more",
     "learn --noise nan": "--noise is a share between 0 and 1",
@@ -1369,7 +1388,7 @@ MISTAKES = {   # a command line: the error
     "learn --device tpu": "--device tpu cannot be used here",
     "learn --out clip.pt/below": "Not a directory|cannot find the path|already exists|File exists",
     "learn --data long": "does not fit in 77: 'a photo of a b{70}",
-    "learn --data long --template {}": "no training images of the all classes",
+    "learn --data long --template {}": "no training images: use --shots 0",
     "learn --data half": "1 of 8 images .*grid",
     "learn --data half --probe": "--probe needs validation images",
     "learn --data half --classes new": "no test images of the new classes",

@@ -262,7 +262,8 @@ def find_vocabulary():
         torch.hub.download_url_to_file(URL, str(cached), hash_prefix=SHA256)
     except Exception as error:       # no network, a login page, a full disk, a read-only home, ...
         raise OSError(f"CLIP's vocabulary is missing and cannot be downloaded ({error}): "
-                      f"put {URL} at {cached}") from None
+                      f"put {URL} at {cached}, or pip install --no-deps clip-anytorch, which "
+                      "contains it") from None
     finally:
         socket.setdefaulttimeout(before)
     return cached
