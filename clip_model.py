@@ -171,9 +171,9 @@ class CLIP(nn.Module):
         own, and this function would quietly return wrong features.
 
         The mask is quadratic in the length of the sequence, so many prompts are split into groups,
-        one sequence each.  If the rests together have more than RECOMPUTE_ABOVE tokens, activations are
-        not stored but computed again, group by group, in the backward pass: memory holds those of
-        one group, however large K is.
+        one sequence each.  If the rests together have more than RECOMPUTE_ABOVE tokens, activations
+        are not stored but computed again, group by group, in the backward pass: memory holds those
+        of one group, however large K is.
         """
         lengths = torch.as_tensor(lengths).tolist()
         longest = len(shared) + max(lengths)
@@ -318,8 +318,8 @@ class Attention(nn.Module):
     def forward(self, x, mask=None, rows=None):
         """x (B, L, d) -> (B, number of rows, d): what the tokens at the indices `rows` receive.
 
-        mask (number of rows, L) is added to the scores: -inf makes the token of that row blind to
-        that of that column.
+        mask (number of rows, L) is added to the scores: where mask[i, j] = -inf, token i does not
+        attend to token j.
         """
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         qkv = qkv.unflatten(-1, (3, -1, HEAD))              # (B, L, 3, heads, 64)

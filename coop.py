@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +109,7 @@ class PromptLearner(nn.Module):
         for i, name in enumerate(classnames):
             name = name.replace("_", " ")
             n = len(tokenizer.encode(name))
-            ids = tokenizer.encode(name + ".")       # in "U.S.." the two periods are one token
+            ids = tokenizer.encode(name + ".")       # together: "U.S." + "." ends in one token ".."
             first = clip.vocab_size + (i * M if csc else 0)          # the id of its first vector
             new = list(range(first, first + M))
             prompt = [tokenizer.sot] + new[:before] + ids[:n] + new[before:] + ids[n:]
@@ -152,7 +153,7 @@ def learning_rate(epoch, T):
     """The official schedule: one epoch at 1e-5, then a cosine from 0.002.
 
     The first one is against explosive gradients at the start (paper, section 4.1).  It counts as
-    one of the T, so the cosine's angle stops at pi (T - 2) / T, its rate above zero; kept.
+    one of the T, so the cosine's angle stops at pi (T - 2) / T and the last rate is above zero.
     """
     if epoch == 0:
         return 1e-5
@@ -160,12 +161,15 @@ def learning_rate(epoch, T):
 
 
 def batches(N, T, seed, size=BATCH_SIZE):
-    """T lists of batches: shuffled indices of N images; a rest of fewer than `size` is dropped."""
+    """T lists of batches, shuffled indices of N images.
+
+    An incomplete batch is dropped, unless it is the only one.
+    """
     rng = torch.Generator().manual_seed(seed)
     schedule = []
     for _ in range(T):
         shuffled = torch.randperm(N, generator=rng).split(size)
-        schedule.append([batch for batch in shuffled if len(batch) == min(N, size)])  # one at least
+        schedule.append([batch for batch in shuffled if len(batch) == min(N, size)])
     return schedule
 
 
@@ -178,7 +182,8 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
     """Learn V by the paper's recipe; the result is V of the last epoch, in learner.
 
     features: (N, crops, e), from training_features with the same T and seed: image i shows its
-              crop epoch % crops.  The image encoder is frozen, so they are computed beforehand.
+              crop epoch % crops.  The image encoder is frozen, so they are computed beforehand, for
+              the images that an epoch of this seed uses.
     labels:   (N,), on the same device.
     loss:     a function of logits (B, K), labels (B,) and g (K, e), L2-normalized.
     progress: called with a note after every epoch.
@@ -186,10 +191,11 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
     Raises ValueError when the loss is NaN or infinite.
 
     Gradients flow through the frozen text encoder: backward() goes from the loss through g and
-    every layer down to V.  Frozen means that the encoder's weights get no gradient and no step.
+    every layer down to V.  Frozen means that the encoder's weights get no gradient, for which
+    clip_model.load has switched them off, and no step, as the optimizer knows V alone.
     """
     optimizer = torch.optim.SGD(
-        [learner.V], lr=learning_rate(0, T), momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        learner.parameters(), lr=learning_rate(0, T), momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = batches(len(labels), T, seed)
     for epoch in range(T):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch, T)
@@ -198,7 +204,7 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
             f = F.normalize(features[batch, epoch % features.shape[1]], dim=-1)     # (B, e)
             g = F.normalize(clip.encode_prompts(*learner()), dim=-1)                # (K, e)
             # Equation 1: p(y = i | x) = exp(cos(g_i, f) / tau) / sum_j exp(cos(g_j, f) / tau).
-            # tau is 0.01 in OpenAI's models: a cosine of 0.25 against 0.20 is e^5 against 1.
+            # tau is 0.01 in OpenAI's models: 0.05 more of cosine is e^5 times as probable.
             logits = clip.logit_scale.exp() * f @ g.T                               # (B, K)
             batch_loss = loss(logits, labels[batch], g)
             optimizer.zero_grad()
@@ -431,8 +437,8 @@ def chunk_key(clip, jobs):
     """A hash of all that features depend on: model, precision, device, code, images, crop numbers.
 
     CUDA's fp32 is not a CPU's, as it has TF32 products.  An image counts as the same while its
-    path, size and time of change are.  If you add an option that changes crops or features, put it
-    here.
+    path, size and modification time are.  If you add an option that changes crops or features, put
+    it here.
     """
     description = [weights_name(clip), str(clip.image_dtype), clip.device.type, image_code()]
     for path, numbers in jobs:
@@ -453,8 +459,9 @@ def short_hash(text, digits=8):
 @functools.cache
 def image_code():
     """A hash of the code that reads, crops and encodes an image."""
-    return (code_hash(data, "crops", "normalize") + code_hash(clip_model, "CLIP", "load", "prepare")
-            + code_hash(sys.modules[__name__], "encode_crops", "load_clip"))
+    program = sys.modules[__name__]
+    return code_hash(
+        [(program, "feature_chunks"), (program, "load_model"), (data, "FeatureCache")])
 
 
 # ---- 3. The linear probe -------------------------------------------------------------------------
@@ -560,8 +567,8 @@ KGCOOP_WEIGHT = 8
 def generalized_cross_entropy(logits, labels, g, q=0.5):
     """The mean of (1 - p^q) / q with p the probability of the label (arXiv 1805.07836).
 
-    Between cross-entropy (q -> 0) and 1 - p (q = 1), nearly the share of mistakes: a wrong label,
-    which stays improbable, pulls less.
+    Between cross-entropy (q -> 0) and 1 - p (q = 1), a smooth error rate: a wrong label, which
+    stays improbable, pulls less.
     """
     log_p = logits.log_softmax(-1).gather(1, labels[:, None])
     return (-torch.expm1(q * log_p) / q).mean()      # p^q - 1, with a gradient also where p is 0
@@ -570,12 +577,13 @@ def generalized_cross_entropy(logits, labels, g, q=0.5):
 def kgcoop(hand_written):
     """The loss of KgCoOp (arXiv 2303.13283), given features (K, e) of hand-written prompts.
 
-    What V makes of a class may not stray far from what the words make of it, which is meant to
-    help classes that were not there in training.
+    Cross-entropy + 8 (1 - mean cosine of learned and hand-written features), the paper's weight:
+    V may not stray far from the words, which is meant to help classes that were not there in
+    training.
     """
     def loss(logits, labels, g):
         distance = 1 - (g * hand_written).sum(-1).mean()
-        return F.cross_entropy(logits, labels) + KGCOOP_WEIGHT * distance
+        return cross_entropy(logits, labels, g) + KGCOOP_WEIGHT * distance
     return loss
 
 
@@ -788,10 +796,11 @@ def run_linear_probe(setup, run, out):
     train_set = setup.encode(train_items)
     val_set = setup.encode(val_items)
     encoded = time.time()
-    W, b, _ = linear_probe(train_set, val_set)
+    W, b, C = linear_probe(train_set, val_set)
     f, _ = setup.test_part(run.classes)
     predicted = {run.classes: (f.double() @ W.T + b).argmax(-1)}
-    return make_result(setup, predicted, train_items, encoded - start, time.time() - encoded)
+    result = make_result(setup, predicted, train_items, encoded - start, time.time() - encoded)
+    return {**result, "C": C}
 
 
 def run_coop(setup, run, out):
@@ -872,60 +881,64 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
     }
 
 
-# What a program does is hashed from its syntax tree.  Names are matched without their scopes, so
-# that rather too much counts as used than too little.
+# What code does is hashed from its syntax tree, without comments, docstrings and layout.  A name is
+# followed to whatever its module defines under it, imports and local variables included, so rather
+# too much counts as used than too little.  Another version of Python may hash otherwise.
 
 
-def code_hash(module, *names):
-    """A hash of a module's code, or of the functions named and all in the module that they use.
-
-    Comments, docstrings and layout do not count.  Another version of Python may hash otherwise.
-    """
+@functools.cache
+def definitions(module):
+    """{name: [syntax tree, ...]} of a module's top level; under None what defines no name."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
                 del node.body[0]
-    nodes = tree.body
-    if names:
-        nodes = used_definitions(tree, names)
-    return short_hash("".join(ast.dump(node) for node in nodes))
-
-
-def used_definitions(tree, names):
-    """What defines these names at the top level of a module, and the names that they use in turn.
-
-    Imports and other statements that define no name, like an `if`, always count.
-    """
-    definitions = {}                                 # {name: [node, ...]}
-    others = []
+    found = {None: []}
     for node in tree.body:
+        names = [None]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            definitions.setdefault(node.name, []).append(node)
+            names = [node.name]
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for name in names_in(targets):
-                definitions.setdefault(name, []).append(node)
-        else:
-            others.append(node)
-    used = {}
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name in definitions and name not in used:
-            used[name] = definitions[name]
-            waiting += names_in(definitions[name])
-    return others + list(itertools.chain.from_iterable(used[name] for name in sorted(used)))
-
-
-def names_in(nodes):
-    """All names that occur in syntax trees."""
-    found = []
-    for node in nodes:
-        for part in ast.walk(node):
-            if isinstance(part, ast.Name):
-                found.append(part.id)
+            names = [part.id for part in ast.walk(node)
+                     if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+        for name in names:
+            found.setdefault(name, []).append(node)
     return found
+
+
+def used_code(roots):
+    """{(module, name): [syntax tree, ...]} of roots and all that they use in MODULES."""
+    used = {}
+    waiting = list(roots)
+    while waiting:
+        module, name = waiting.pop()
+        if module not in MODULES or (module, name) in used or name not in definitions(module):
+            continue
+        used[module, name] = definitions(module)[name]
+        for node in used[module, name]:
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name):
+                    waiting.append((module, part.id))
+                elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+                    other = vars(module).get(part.value.id)          # data.crops
+                    if isinstance(other, types.ModuleType):
+                        waiting.append((other, part.attr))
+                elif isinstance(part, ast.ImportFrom):               # from data import TEST
+                    waiting += [(sys.modules.get(part.module), alias.name) for alias in part.names]
+    return used
+
+
+def code_hash(roots):
+    """A hash of the code that (module, name) pairs name, and of all that it uses."""
+    used = used_code(roots)
+    ordered = sorted(used, key=lambda pair: (pair[0].__file__, str(pair[1])))
+    text = ""
+    for pair in ordered:
+        text += "".join(map(ast.dump, used[pair]))
+    return short_hash(text)
 
 
 # ---- 6. Many runs --------------------------------------------------------------------------------
@@ -982,7 +995,10 @@ MODULES = (tokenizer_module, clip_model, data, sys.modules[__name__])
 @functools.cache
 def program_code():
     """A hash of all modules."""
-    return short_hash("".join(code_hash(module) for module in MODULES))
+    roots = []
+    for module in MODULES:
+        roots += [(module, name) for name in definitions(module)]
+    return code_hash(roots)
 
 
 def run_grid(args):
@@ -992,7 +1008,7 @@ def run_grid(args):
     check_runs(args, setup, runs)
     announce(args, setup, runs)
     if args.rank == 0:
-        wait_for_all(args)             # the others wait at the start, see main
+        wait_for_all(args)             # the others have waited in main until here
     share_encoding(args, setup, runs)
     for run in runs[args.rank::args.world]:
         done = is_done(run, args.out) and not args.again
@@ -1047,15 +1063,21 @@ def open_cache(args):
         return None
 
 
+def load_model(backbone, args):
+    """The model, made fast."""
+    torch.backends.cuda.matmul.allow_tf32 = True     # text encoder on CUDA: fp32, TF32 products
+    clip = clip_model.load(backbone, args.device, args.gelu)
+    return clip_model.prepare(clip, PRECISIONS[args.precision])
+
+
 def load_clip(backbone, args):
-    """The model, made fast, and the tokenizer that it was trained with.
+    """The model and the tokenizer that it was trained with.
 
     The merges that lie beside the weights, as the demo's do; or else OpenAI's vocabulary or plain
     bytes, by the number of token embeddings.  With another tokenizer every prompt would be another
     sentence, and nothing would fail.
     """
-    torch.backends.cuda.matmul.allow_tf32 = True     # text encoder on CUDA: fp32, TF32 products
-    clip = clip_model.load(backbone, args.device, args.gelu)
+    clip = load_model(backbone, args)
     merges = Path(backbone).with_suffix(".merges.txt")
     tokenizer = Tokenizer()
     if merges.is_file():
@@ -1066,7 +1088,7 @@ def load_clip(backbone, args):
     if clip.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"{backbone} has {clip.vocab_size} token embeddings; OpenAI's have 49408, "
                          f"and there is no {merges} with another vocabulary")
-    return clip_model.prepare(clip, PRECISIONS[args.precision]), tokenizer
+    return clip, tokenizer
 
 
 def check_runs(args, setup, runs):
@@ -1494,12 +1516,25 @@ def check_prompt_fits(prompt, clip, backbone):
                          "its own as --backbone")
 
 
+def check_text_features(prompt, setup):
+    """ValueError if this program makes other text features of a prompt than those in its file."""
+    names = prompt["classnames"]
+    if names:
+        g = learned_features(setup.clip, setup.tokenizer, names, prompt["V"],
+                             prompt["settings"]["position"])
+        distance = (g.cpu() - prompt["text_features"].cpu()).norm(dim=1).max()
+        if not distance < 0.05:                      # even TF32 rounds at 1e-3
+            raise ValueError(f"{prompt['file']} was learned by a program that builds prompts in "
+                             "another way (an edit, another version): learn it anew")
+
+
 def test_prompt(prompt, setup, args):
     """Print the accuracy of hand-written and learned prompts on a dataset; nothing is saved."""
     splits = [args.classes]
     if args.classes == "base" and prompt["V"].dim() == 2:
         splits = ["base", "new"]
     learned = {split: prompt_features(prompt, setup, split) for split in splits}
+    check_text_features(prompt, setup)
     own = prompt["classnames"] or setup.dataset.classnames
     others = [name for name in setup.dataset.classnames if name not in own]
     if others:
@@ -1687,11 +1722,7 @@ def make_demo(cache):
 
 def demo_code():
     """A hash of the code that draws and trains the demo's world: an edit makes a new one."""
-    return short_hash(
-        code_hash(data, "draw_pairs", "draw_dataset", "normalize", "TASK")
-        + code_hash(clip_model, "CLIP", "ModifiedResNet", "pretrain")
-        + code_hash(tokenizer_module, "Tokenizer", "learn_merges")
-        + code_hash(sys.modules[__name__], "make_demo"))
+    return code_hash([(sys.modules[__name__], "make_demo")])
 
 
 # ---- 9. The command line -------------------------------------------------------------------------

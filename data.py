@@ -63,8 +63,9 @@ def few_shot(items, shots, rng):
 
     rng: a random.Random.  Classes are sampled one after the other, in the order of their first
     item.  With rng = Random(seed), first for the training list and then for min(shots, 4) of the
-    validation list, these are the official code's images.  With four images per class the luck of the sample is
-    worth several points, so compare methods on the same samples, and over several seeds.
+    validation list, these are the official code's images.  With four images per class the luck of
+    the sample is worth several points, so compare methods on the same samples, and over several
+    seeds.
     """
     groups = {}
     for path, label in items:
@@ -107,7 +108,7 @@ FORMATS = [name for name in Image.OPEN if name != "EPS"]     # EPS is a program,
 def read_image(path):
     """Any image that Pillow reads, upright, as 8-bit RGB.  ValueError if it cannot be read.
 
-    Turned as its EXIF mark says, since phones store photographs sideways; transparency is laid
+    Turned as its EXIF orientation says, since phones store photographs sideways; transparency is laid
     over white.  (The official code does neither.)
     """
     try:
@@ -119,7 +120,7 @@ def read_image(path):
                          "like: convert it to JPEG)") from None
 
 
-TURNS = {   # value of the EXIF mark "Orientation": how to undo it
+TURNS = {   # EXIF orientation: how to undo it
     2: Image.FLIP_LEFT_RIGHT,
     3: Image.ROTATE_180,
     4: Image.FLIP_TOP_BOTTOM,
@@ -131,13 +132,13 @@ TURNS = {   # value of the EXIF mark "Orientation": how to undo it
 
 
 def upright(image):
-    """The image turned as its EXIF mark says.
+    """The image turned as its EXIF orientation says.
 
-    (PIL.ImageOps.exif_transpose also rewrites the other marks, and fails where one is odd.)
+    (PIL.ImageOps.exif_transpose also rewrites the other EXIF tags, and fails where one is odd.)
     """
-    mark = image.getexif().get(0x0112)
-    if mark in TURNS:
-        return image.transpose(TURNS[mark])
+    orientation = image.getexif().get(0x0112)
+    if orientation in TURNS:
+        return image.transpose(TURNS[orientation])
     return image
 
 
@@ -184,9 +185,9 @@ def crop_box(image, left, top, width, height):
 def train_crop(image, R, rng):
     """A random part of the image, resized to R x R (bicubic), mirrored half of the time.
 
-    The part has 8 to 100 % of the area and a shape between 3:4 and 4:3: torchvision's
-    RandomResizedCrop.  rng: a random.Random.  Area and shape are sampled up to ten times, as a
-    wide part of a tall image may not fit; the shape on a log scale, so that 3:4 is as likely as
+    The part has 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3: torchvision's
+    RandomResizedCrop.  rng: a random.Random.  Area and ratio are sampled up to ten times, as a
+    wide part of a tall image may not fit; the ratio on a log scale, so that 3:4 is as likely as
     4:3.
     """
     for _ in range(10):
@@ -212,9 +213,9 @@ def train_crop(image, R, rng):
 def cut(path, numbers, R):
     """Crops of one image, which is decoded once -> (number of crops, R, R, 3) uint8.
 
-    Epoch n shows crop n of an image (or n % views); TEST is the middle.  Its random numbers are
-    seeded with the names of the file and its folder and n, nothing else: not with the seed of a
-    run, nor with the order of anything.  So runs that differ in M, position or loss look at the
+    Epoch n shows crop n of an image (with --views, crop n % views); TEST is the middle.  Its
+    random numbers are seeded with the names of the file and its folder and n, nothing else: not
+    with the seed of a run, nor with the order of anything.  So runs that differ in M, position or loss look at the
     same crops, and the features of a crop can be kept on disk.
     """
     image = read_image(path)
@@ -279,8 +280,9 @@ def normalize(pixels):
 def check_images(paths, dataset):
     """Look at the headers of images of a dataset, which takes seconds for ten thousand.
 
-    Raises one ValueError if one cannot be read; it then names all such images of the dataset, so
-    that they can be replaced at once.  Damage further inside a file is found on decoding.
+    Raises one ValueError if one cannot be read; it then names all such images of the dataset (at
+    most 20 of each kind), so that they can be replaced at once.  Damage further inside a file is
+    found on decoding.
     """
     broken = find_broken(paths)
     if broken:
@@ -946,8 +948,8 @@ def split_classes(found):
     for name, paths in found.items():
         if len(paths) < 2:
             raise ValueError(f"class {name!r} has 1 image; it needs one for training and one for "
-                             "testing (add images, or move the folder away; to test a learned prompt "
-                             "on all images, put the class folders into a folder test)")
+                             "testing (add images, or move the folder away; to test a learned "
+                             "prompt on all images, put the class folders into a folder test)")
         items = [(path, name) for path in paths]
         rng.shuffle(items)
         n_train = round(0.5 * len(items))

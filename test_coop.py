@@ -1204,6 +1204,7 @@ EDITS = {   # file, before, after, whether it is learned anew, whether it is enc
     "constants": ("data.py", "0.26862954, 0.26130258", "0.26, 0.26130258", True, True),
     "model": ("clip_model.py", "F.silu(1.702 * x)", "F.silu(1.7 * x)", True, True),
     "tokenizer": ("tokenizer.py", ".strip().lower()", ".strip()", True, False),
+    "import": ("coop.py", "import argparse", "import csv\nimport argparse", True, False),
     "docstring": ("data.py", '"""Crops of one image', '"""Another docstring', False, False),
 }
 
@@ -1299,6 +1300,7 @@ def prompts(world):
     torch.save({**prompt, "path": "/gone/clip.pt"}, world.root / "gone.pt")
     torch.save({**prompt, "settings": settings}, world.root / "foreign.pt")
     torch.save({**prompt, "classnames": ["a"]}, world.root / "damaged.pt")
+    torch.save({**prompt, "V": torch.randn(4, 64)}, world.root / "edited.pt")
     torch.save(official, world.root / "official.pt")
     torch.save({"state_dict": {"ctx": torch.ones(4, 32)}}, world.root / "narrow.pt")
     return world.root
@@ -1401,6 +1403,7 @@ MISTAKES = {   # a command line: the error
     "--load clip.pt --words 1": "clip.pt is not a learned prompt",
     "--load damaged.pt --words 1": "damaged.pt is not a learned prompt",
     "--load gone.pt --words 1": "was learned with /gone/clip.pt, which is not there",
+    "--load edited.pt --data photos": "builds prompts in another way .* learn it anew",
     "--load foreign.pt --words 1": "was learned for other weights than",
     "--load narrow.pt --words 1 --backbone clip.pt": "learned for other weights than",
     "--load official.pt --words 1": "does not store for which backbone",
