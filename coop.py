@@ -853,6 +853,23 @@ def percent(correct):
     return 100 * correct.sum().item() / len(correct)
 
 
+def accuracy_by_class(correct, labels, classnames):
+    """{class name: percent correct} of the classes with images; correct and labels: (N,)."""
+    per_class = {}
+    for label, name in enumerate(classnames):
+        if name in per_class:                        # two classes of one name
+            name = f"{name} ({label})"
+        if (labels == label).any():
+            per_class[name] = percent(correct[labels == label])
+    return per_class
+
+
+def hardest_classes(per_class):
+    """The three classes with the lowest accuracy, in words."""
+    hardest = sorted(per_class, key=per_class.get)[:3]
+    return "hardest: " + ", ".join(f"{name} {per_class[name]:.0f} %" for name in hardest)
+
+
 def make_result(setup, predicted, training_items, seconds_images, seconds_training):
     """The part of a result that is measured, from {class split: predicted labels (N,)}."""
     accuracy = {}
@@ -863,11 +880,7 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
         correct = answers == labels
         accuracy[split] = percent(correct)
         n_test[split] = len(labels)
-        for label, name in enumerate(setup.classnames(split)):
-            if name in per_class:                    # two classes of one name
-                name = f"{name} ({label})"
-            if (labels == label).any():
-                per_class[name] = percent(correct[labels == label])
+        per_class.update(accuracy_by_class(correct, labels, setup.classnames(split)))
     if len(accuracy) == 2:           # base and new: the harmonic mean is low if one of them is
         accuracy["harmonic"] = statistics.harmonic_mean(accuracy.values())
     root = setup.dataset.root
@@ -1155,11 +1168,9 @@ def of_classes(split):
 
 def print_result(run, result, done):
     accuracy = ", ".join(f"{split} {value:.2f} %" for split, value in result["accuracy"].items())
-    per_class = result["per_class"]
-    hardest = sorted(per_class, key=per_class.get)[:3]
-    named = ", ".join(f"{name} {per_class[name]:.0f} %" for name in hardest)
     note = "  (done already)" if done else ""
-    print(f"{run}: {accuracy.removeprefix('all ')}; hardest: {named}{note}", flush=True)
+    print(f"{run}: {accuracy.removeprefix('all ')}; {hardest_classes(result['per_class'])}{note}",
+          flush=True)
 
 
 # Several processes, started by torchrun: process r of N takes runs[r::N] and encodes every N-th
@@ -1548,7 +1559,9 @@ def test_prompt(prompt, setup, args):
         for template in args.templates:
             accuracy = evaluate(f, setup.hand_written(template, split), labels)
             print(f'zero-shot "{template}"{name}: {accuracy:.2f} %')
-        print(f"{prompt['file']}{name}: {evaluate(f, g, labels):.2f} %")
+        correct = classify(f, g) == labels
+        per_class = accuracy_by_class(correct, labels, setup.classnames(split))
+        print(f"{prompt['file']}{name}: {percent(correct):.2f} %; {hardest_classes(per_class)}")
 
 
 def predict(prompt, clip, paths, as_json):
