@@ -99,8 +99,8 @@ class PromptLearner(nn.Module):
         if not 1 <= M <= clip.context_length:
             raise ValueError(f"M = {M}: expected 1 to {clip.context_length} vectors or words")
 
-        # Each prompt as token ids.  The vectors of V are new words: their ids follow those of the
-        # vocabulary.  sot and eot are the start and the end of a text.
+        # Each prompt as token ids.  The vectors of V are new words, whose ids follow the
+        # vocabulary's; sot and eot are the start and the end of a text.
         #   end:     sot V1 V2 V3 V4 polka - dotted . eot
         #   middle:  sot V1 V2 polka - dotted V3 V4 . eot
         #   front:   sot polka - dotted V1 V2 V3 V4 . eot
@@ -109,7 +109,7 @@ class PromptLearner(nn.Module):
         for i, name in enumerate(classnames):
             name = name.replace("_", " ")
             n = len(tokenizer.encode(name))
-            ids = tokenizer.encode(name + ".")       # together: "U.S." + "." ends in one token ".."
+            ids = tokenizer.encode(name + ".")       # as one text: "U.S.." ends in one token ".."
             first = clip.vocab_size + (i * M if csc else 0)          # the id of its first vector
             new = list(range(first, first + M))
             prompt = [tokenizer.sot] + new[:before] + ids[:n] + new[before:] + ids[n:]
@@ -127,9 +127,8 @@ class PromptLearner(nn.Module):
         self.register_buffer("ids", torch.tensor(packed, device=embedding.device))
         self.register_buffer("embedding", embedding, persistent=False)     # CLIP's own, no copy
 
-        K = len(classnames)
         d = embedding.shape[1]
-        shape = (K, M, d) if csc else (M, d)
+        shape = (len(classnames), M, d) if csc else (M, d)
         V = 0.02 * torch.randn(shape)
         if init is not None:
             V = embedding[words].expand(shape).clone()
@@ -161,10 +160,7 @@ def learning_rate(epoch, T):
 
 
 def batches(N, T, seed, size=BATCH_SIZE):
-    """T lists of batches, shuffled indices of N images.
-
-    An incomplete batch is dropped, unless it is the only one.
-    """
+    """T lists of batches of shuffled indices; an incomplete batch is dropped unless it is alone."""
     rng = torch.Generator().manual_seed(seed)
     schedule = []
     for _ in range(T):
@@ -182,8 +178,7 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
     """Learn V by the paper's recipe; the result is V of the last epoch, in learner.
 
     features: (N, crops, e), from training_features with the same T and seed: image i shows its
-              crop epoch % crops.  The image encoder is frozen, so they are computed beforehand, for
-              the images that an epoch of this seed uses.
+              crop epoch % crops.  The image encoder is frozen, so they are computed beforehand.
     labels:   (N,), on the same device.
     loss:     a function of logits (B, K), labels (B,) and g (K, e), L2-normalized.
     progress: called with a note after every epoch.
@@ -191,8 +186,8 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
     Raises ValueError when the loss is NaN or infinite.
 
     Gradients flow through the frozen text encoder: backward() goes from the loss through g and
-    every layer down to V.  Frozen means that the encoder's weights get no gradient, for which
-    clip_model.load has switched them off, and no step, as the optimizer knows V alone.
+    every layer down to V.  The encoder's weights get no gradient, as clip_model.load has switched
+    that off, and no step, as the optimizer knows V alone.
     """
     optimizer = torch.optim.SGD(
         learner.parameters(), lr=learning_rate(0, T), momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -221,7 +216,7 @@ def train(clip, learner, features, labels, T, seed=1, loss=cross_entropy, progre
 
 @torch.no_grad()
 def zero_shot(clip, tokenizer, template, classnames):
-    """L2-normalized features (K, e) of hand-written prompts: names put into "a photo of a {}.".
+    """L2-normalized features (K, e) of hand-written prompts: names put into a template's {}.
 
     template: one, or a list of them (an ensemble: the mean of their L2-normalized features).
     """
@@ -248,10 +243,9 @@ def evaluate(image_features, text_features, labels):
     return 100 * correct.sum().item() / len(correct)
 
 
-# ---- The method ends here; what follows brings images in and results out -------------------------
-
-
 # ---- 2. Image features ---------------------------------------------------------------------------
+#
+# The method has ended; what follows brings images in and results out.
 #
 # The image encoder is frozen and the crop of image i in epoch n is a pure function of (i, n), so
 # its features are computed beforehand and kept on disk.  Runs that differ in M, position, csc, loss
@@ -340,8 +334,8 @@ def training_jobs(items, T, views=0, seed=1):
     """
     crops = min(views or T, T)
     needed = torch.zeros(len(items), crops, dtype=torch.bool)
-    for epoch, schedule in enumerate(batches(len(items), T, seed)):
-        needed[torch.cat(schedule), epoch % crops] = True
+    for epoch, epoch_batches in enumerate(batches(len(items), T, seed)):
+        needed[torch.cat(epoch_batches), epoch % crops] = True
     jobs = []
     images = []
     crop_numbers = []
@@ -479,8 +473,8 @@ def linear_probe(train, val):
     Like the official code, it does not normalize the features.  It knows nothing of the class
     names: each class is a free vector, where CoOp must find one that the text encoder can say.
     """
-    # Centered, which changes only the biases, and rotated to the principal axes of the images, N
-    # at most: the same optimum, reached sooner.
+    # Centered, which changes only the biases, and rotated to the principal axes of the images (at
+    # most N): the same optimum, reached sooner.
     f = train[0].double()
     mean = f.mean(0)
     _, _, axes = torch.linalg.svd(f - mean, full_matrices=False)         # (min(N, e), e)
@@ -539,8 +533,8 @@ def search_C(accuracy):
     """The C with the best accuracy(C), by the official code's search.
 
     The best of seven powers of a hundred, then eight halvings of [C / 10, 10 C] in log space, each
-    keeping the half at the better end.  Of equals, which are frequent with few validation images,
-    the largest of the seven and then the lower end.
+    keeping the half whose outer end is better.  Ties, which are frequent with few validation
+    images: the largest of the seven, then the lower half.
     """
     best = max((6, 4, 2, 0, -2, -4, -6), key=lambda exponent: accuracy(10.0 ** exponent))
     low = best - 1
@@ -742,9 +736,10 @@ class Setup:
 
     @functools.cached_property
     def images_hash(self):
-        """A hash of the names, labels, sizes and times of change of all images."""
+        """A hash of the names, labels, sizes and modification times of all images, by part."""
         files = []
         for part in (self.dataset.train, self.dataset.val, self.dataset.test):
+            files.append(len(part))
             for path, label in part:
                 stat = os.stat(path)
                 files.append((Path(path).parts[-2:], label, stat.st_size, stat.st_mtime_ns))
@@ -857,7 +852,7 @@ def accuracy_by_class(correct, labels, classnames):
     """{class name: percent correct} of the classes with images; correct and labels: (N,)."""
     per_class = {}
     for label, name in enumerate(classnames):
-        if name in per_class:                        # two classes of one name
+        if name in per_class:                # two classes of one name
             name = f"{name} ({label})"
         if (labels == label).any():
             per_class[name] = percent(correct[labels == label])
@@ -894,31 +889,57 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
     }
 
 
-# What code does is hashed from its syntax tree, without comments, docstrings and layout.  A name is
-# followed to whatever its module defines under it, imports and local variables included, so rather
-# too much counts as used than too little.  Another version of Python may hash otherwise.
+# What code does is hashed from its syntax tree, without comments, docstrings and layout: each
+# function named, and again and again every top-level definition in MODULES whose name occurs in
+# what was found, so rather too much than too little.  Loose statements count with whatever is used
+# of their module.  Another version of Python may hash otherwise.
+
+
+def is_main_guard(node):
+    return isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+
+
+def defined_names(node):
+    """The names that a top-level statement defines; [None] for a loose one, like MEAN[0] = 0.5."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        names = [part.id for part in ast.walk(node)
+                 if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+        return names or [None]
+    return [None]
 
 
 @functools.cache
 def definitions(module):
-    """{name: [syntax tree, ...]} of a module's top level; under None what defines no name."""
+    """{name: [syntax tree, ...]} of a module's top level."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
                 del node.body[0]
-    found = {None: []}
+    found = {}
     for node in tree.body:
-        names = [None]
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names = [node.name]
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            names = [part.id for part in ast.walk(node)
-                     if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
-        for name in names:
-            found.setdefault(name, []).append(node)
+        if not is_main_guard(node):
+            for name in defined_names(node):
+                found.setdefault(name, []).append(node)
+    return found
+
+
+def references(module, node):
+    """(module, name) of all that a syntax tree of this module may use."""
+    found = [(module, None)]
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            found.append((module, part.id))
+        elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+            other = vars(module).get(part.value.id)                  # data.crops
+            if isinstance(other, types.ModuleType):
+                found.append((other, part.attr))
+        elif isinstance(part, ast.ImportFrom):                       # from data import TEST
+            found += [(sys.modules.get(part.module), alias.name) for alias in part.names]
     return found
 
 
@@ -932,15 +953,7 @@ def used_code(roots):
             continue
         used[module, name] = definitions(module)[name]
         for node in used[module, name]:
-            for part in ast.walk(node):
-                if isinstance(part, ast.Name):
-                    waiting.append((module, part.id))
-                elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
-                    other = vars(module).get(part.value.id)          # data.crops
-                    if isinstance(other, types.ModuleType):
-                        waiting.append((other, part.attr))
-                elif isinstance(part, ast.ImportFrom):               # from data import TEST
-                    waiting += [(sys.modules.get(part.module), alias.name) for alias in part.names]
+            waiting += references(module, node)
     return used
 
 
@@ -1318,7 +1331,8 @@ def plot_accuracy(results, title, path):
         line, = axes.plot(shots, mean, style, label=label, markersize=size)
         axes.fill_between(shots, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
     axes.set(xlabel="labeled images per class", ylabel="accuracy on the test images, %",
-             title=title, xticks=sorted({result["settings"]["shots"] for result in results}))
+             title=title.replace("$", r"\$"),
+             xticks=sorted({result["settings"]["shots"] for result in results}))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     with data.atomic_write(path) as file:
@@ -1338,8 +1352,8 @@ def plot_images(setup, run, args, path):
     items = setup.renumber(setup.dataset.test, run.classes)
     chosen = random.Random(0).sample(range(len(items)), min(8, len(items)))
     figure = new_figure(13, 2.6)
-    figure.suptitle(f"class; below: what \"{args.templates[0]}\" says, what {run} says",
-                    fontsize=10)
+    words = f"class; below: what \"{args.templates[0]}\" says, what {run} says"
+    figure.suptitle(words.replace("$", r"\$"), fontsize=10)
     places = figure.subplots(1, len(chosen), squeeze=False)[0]
     for i, axes in zip(sorted(chosen), places):
         axes.imshow(data.test_crop(data.read_image(items[i][0]), 128))

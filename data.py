@@ -108,8 +108,8 @@ FORMATS = [name for name in Image.OPEN if name != "EPS"]     # EPS is a program,
 def read_image(path):
     """Any image that Pillow reads, upright, as 8-bit RGB.  ValueError if it cannot be read.
 
-    Turned as its EXIF orientation says, since phones store photographs sideways; transparency is laid
-    over white.  (The official code does neither.)
+    Turned as its EXIF orientation says, since phones store photographs sideways; transparency is
+    laid over white.  (The official code does neither.)
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -170,8 +170,8 @@ def test_crop(image, R):
     short = min(image.size)
     width = min(image.width, 50 * short)
     height = min(image.height, 50 * short)
-    image = crop_box(image, (image.width - width) // 2, (image.height - height) // 2,
-                        width, height)
+    image = crop_box(
+        image, (image.width - width) // 2, (image.height - height) // 2, width, height)
     width = int(R * image.width / short)
     height = int(R * image.height / short)
     image = image.resize((width, height), Image.BICUBIC)
@@ -213,10 +213,10 @@ def train_crop(image, R, rng):
 def cut(path, numbers, R):
     """Crops of one image, which is decoded once -> (number of crops, R, R, 3) uint8.
 
-    Epoch n shows crop n of an image (with --views, crop n % views); TEST is the middle.  Its
-    random numbers are seeded with the names of the file and its folder and n, nothing else: not
-    with the seed of a run, nor with the order of anything.  So runs that differ in M, position or loss look at the
-    same crops, and the features of a crop can be kept on disk.
+    Epoch n shows crop n of an image (with --views, crop n % views); TEST is the middle.  Its random
+    numbers are seeded with the names of the file and its folder and n, nothing else: not with the
+    seed of a run, nor with the order of anything.  So runs that differ in M, position or loss look
+    at the same crops, and the features of a crop can be kept on disk.
     """
     image = read_image(path)
     name = "/".join(pathlib.Path(os.path.abspath(path)).parts[-2:])
@@ -308,12 +308,17 @@ def find_broken(paths):
 
 def find_damaged(paths):
     """The images that cannot be decoded completely."""
-    damaged = []
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for path, decoding in [(path, pool.submit(read_image, path)) for path in paths]:
-            if decoding.exception():
-                damaged.append(path)
-    return damaged
+        damaged = list(pool.map(is_damaged, paths))
+    return [path for path, bad in zip(paths, damaged) if bad]
+
+
+def is_damaged(path):
+    try:
+        read_image(path)
+    except ValueError:
+        return True
+    return False
 
 
 def find_problem(path):
@@ -370,8 +375,8 @@ def atomic_write(path):
 class FeatureCache:
     """Features on disk, a file for each chunk of crops that are encoded together.
 
-    The name of a file is a key, a hash of all that its features depend on, so nothing is ever out
-    of date or merged, and several processes may share the folder.
+    The name of a file is a key, a hash of what its features depend on, so no file is ever changed
+    or merged, and several processes may share the folder.
     """
 
     def __init__(self, folder):

@@ -1204,6 +1204,7 @@ EDITS = {   # file, before, after, whether it is learned anew, whether it is enc
     "constants": ("data.py", "0.26862954, 0.26130258", "0.26, 0.26130258", True, True),
     "model": ("clip_model.py", "F.silu(1.702 * x)", "F.silu(1.7 * x)", True, True),
     "tokenizer": ("tokenizer.py", ".strip().lower()", ".strip()", True, False),
+    "loose": ("data.py", "TEST = -1", "TEST = -1\nMEAN[0] = 0.5", True, True),
     "import": ("coop.py", "import argparse", "import csv\nimport argparse", True, False),
     "docstring": ("data.py", '"""Crops of one image', '"""Another docstring', False, False),
 }
@@ -1229,6 +1230,15 @@ def test_an_edit_of_the_program(command, world, tmp_path, monkeypatch, edit):
     assert new.count(".json") == (2 if learns else 0)
     assert new.count(".npz") == (2 if encodes else 0)
     assert all(path.read_bytes() == content for path, content in old.items())
+
+
+def test_another_split_is_another_run(world):
+    """Though the images are the same, in the same order."""
+    dataset = data.load_dataset(world.photos)
+    merged = dataclasses.replace(dataset, train=dataset.train + dataset.val, val=[])
+    hashes = [coop.Setup(None, "RN50", None, split, None).images_hash
+              for split in (dataset, merged, dataset)]
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_V_starts_from_its_seed(command, world, tmp_path, monkeypatch):
@@ -2007,6 +2017,8 @@ def test_the_demo_tells_the_papers_story(tmp_path):
     assert made == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     assert again.stdout.count("done already") == 2 + 2 * 3
     assert "nearest words to V of CoOp M=4 end, 1 shots, seed 2: negative (" in again.stdout
+
+
 # ---- The benchmark: python test_coop.py [FOLDER OF PHOTOGRAPHS] ----------------------------------
 #
 # Ours and OpenAI's modules in turn, in one process per part; the ratio is the median over pairs.
