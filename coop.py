@@ -137,8 +137,7 @@ class PromptLearner(nn.Module):
     def forward(self):
         """-> shared (P, d), own (sum of lengths, d), lengths (K,): for CLIP.encode_prompts.
 
-        DTD with RN50, K = 47, M = 16, end: shared (17, 512), own (186, 512), lengths 3 to 5 (name,
-        period, eot), so prompts of 20 to 22 tokens where CLIP reads 77.
+        DTD, M = 16, end: shared (17, 512), own (186, 512), lengths 3 to 5 (name, period, eot).
         """
         vocab_size = len(self.embedding)
         is_new = self.ids >= vocab_size
