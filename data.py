@@ -559,18 +559,18 @@ def read_split(root):
     notes = [f"{other.name} is not used, {file.name} is" for other in files[1:]]
     name, folder, template = KNOWN.get(file.name, (root.name, "images", PHOTO))
     parts = []
-    names = set()
+    names = {}
     try:
         split = json.loads(file.read_text(encoding="utf-8-sig"))
         for part in PARTS:
             parts.append([(root / folder / path, label) for path, label, _ in split[part]])
-            names.update((label, word) for _, label, word in split[part])
-        names = dict(sorted(names))
+            for _, label, word in split[part]:
+                if names.setdefault(label, word) != word:
+                    raise ValueError("a label has two names")
+        names = dict(sorted(names.items()))
         labels = list(names)
         if labels != list(range(len(labels))) or any(type(label) is not int for label in labels):
             raise ValueError("labels are not 0 .. K - 1 with one name each")
-        if len(names) < len({tuple(entry[1:]) for part in PARTS for entry in split[part]}):
-            raise ValueError("a label has two names")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a split file ({type(error).__name__}: {error}); expected "
                          f"{SPLIT_FORM}") from None
@@ -649,7 +649,7 @@ def read_imagenet(root):
                            if name not in ("train", "val", "images")]
         found = train
         parts = [flatten(train), [], flatten(test)]
-        title = "imagenet"
+        title = "imagenet" if len(train) == 1000 else root.name      # T is 50 for all of it
     else:
         folders = [root] + [root / name for name in scan(root).folders]
         homes = [folder for folder in folders if set(scan(folder).folders) & set(names)]

@@ -952,9 +952,17 @@ def test_folders_as_people_have_them(tmp_path, monkeypatch, layout, classes, cou
         images = tmp_path / "images"
         assert dataset.val == [(images / "3.jpg", 1), (images / "2.jpg", 0)]
         return
-    assert dataset.name == ("imagenet" if "val/n" in layout else tmp_path.name)
+    assert dataset.name == tmp_path.name
     pairs = {(path.parent.name, label) for path, label in itertools.chain(*parts)}
     assert [label for _, label in sorted(pairs)] == list(range(len(pairs)))
+
+
+def test_imagenet_has_a_thousand_classes(tmp_path):
+    """Only then a folder with wnids is ImageNet, which is learned for fewer epochs."""
+    names = [f"n{i:08} name {i}" for i in range(1000)]
+    folders = [f"{part}/{name[:9]} 1" for part in ("train", "val") for name in names]
+    lay_out(tmp_path, "; ".join([*folders, "classnames.txt = " + ", ".join(names)]))
+    assert data.load_dataset(tmp_path).name == "imagenet"
 
 
 @pytest.mark.parametrize("layout, error", [
