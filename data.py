@@ -233,8 +233,7 @@ def crops(jobs, R):
     """Yield (path, n, crop n of that image) for jobs [(path, [n, ...]), ...], in order.
 
     A crop is uint8 (R, R, 3); normalize takes a batch of them.  ValueError at the first image that
-    cannot be read, which names the others, too
-    (at most 20).
+    cannot be read, which names the others, too (at most 20).
     """
     try:
         yield from decode_ahead(jobs, R)

@@ -1924,7 +1924,7 @@ def reader(tmp_path, monkeypatch):
 
 def test_readme_commands(reader, capsys):
     """Every `python coop.py ...` of README runs as it stands there, one after the other."""
-    without_output = re.sub(r"```\nCLIP .*?```", "", README, flags=re.DOTALL)
+    without_output = re.sub(r"```\ndemo: .*?```", "", README, flags=re.DOTALL)
     commands = re.findall(r"python coop\.py (--[^`&#\n]+)", without_output)
     assert len(commands) > 10
     for command in commands:
