@@ -372,27 +372,31 @@ def feature_chunks(clip, jobs, cache, what):
     keys = [chunk_key(clip, chunk) if cache else None for chunk in all_chunks]
     missing = [not cache or not cache.has(key) for key in keys]
     wanted = []
-    for chunk, absent in zip(all_chunks, missing):
-        if absent:
+    for chunk, is_missing in zip(all_chunks, missing):
+        if is_missing:
             wanted += chunk
     progress = Progress(what, count_crops(wanted), "crops")
     crops = data.crops(wanted, clip.resolution)      # of all chunks: threads decode ahead
-    for chunk, key, absent in zip(all_chunks, keys, missing):
+    for chunk, key, is_missing in zip(all_chunks, keys, missing):
         count = count_crops(chunk)
-        features = None
-        if absent:
+        if is_missing:
             features = encode_crops(clip, itertools.islice(crops, count), progress)
+            keep(features, cache, key)
         else:
             features = cache.load(key, (count, clip.text_projection.shape[1]))
-            if features is None:                     # damaged
+            if features is None:                     # its file is damaged
                 features = encode_crops(clip, data.crops(chunk, clip.resolution), progress)
-                absent = True
-        if cache and absent:
-            try:
-                cache.save(key, features)
-            except OSError as error:
-                print(f"note: these image features are not kept on disk, {error}", file=sys.stderr)
+                keep(features, cache, key)
         yield features
+
+
+def keep(features, cache, key):
+    """Save features, if there is a cache; a full disk does not stop the work."""
+    if cache:
+        try:
+            cache.save(key, features)
+        except OSError as error:
+            print(f"note: these image features are not kept on disk, {error}", file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -888,10 +892,10 @@ def make_result(setup, predicted, training_items, seconds_images, seconds_traini
     }
 
 
-# What code does is hashed from its syntax tree, without comments, docstrings and layout: each
-# function named, and again and again every top-level definition in MODULES whose name occurs in
-# what was found, so rather too much than too little.  Loose statements count with whatever is used
-# of their module.  Another version of Python may hash otherwise.
+# What code does is hashed from its syntax tree, without comments, docstrings and layout: the
+# functions that are named, all that they use in MODULES, all that this uses, and so on.  Names are
+# matched without their scopes, so that rather too much counts than too little; a statement that
+# defines no name counts with all of its module.  Another version of Python may hash otherwise.
 
 
 def is_main_guard(node):
@@ -913,7 +917,7 @@ def defined_names(node):
 
 @functools.cache
 def definitions(module):
-    """{name: [syntax tree, ...]} of a module's top level."""
+    """{name: [syntax tree, ...]} of a module's top level; None: statements that define no name."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -1417,16 +1421,16 @@ def find_prompt(path):
         path = path.with_suffix(".pt")
     if path.is_file():
         return path
-    if path.is_dir():
-        there = found = list(path.glob("*.pt"))
-    else:
-        there = list(path.parent.glob("*.pt"))
-        found = [file for file in there if file.name.startswith(f"{path.name}-")]
+    folder = path if path.is_dir() else path.parent
+    prompts = list(folder.glob("*.pt"))
+    found = prompts
+    if folder != path:
+        found = [file for file in prompts if file.name.startswith(f"{path.name}-")]
     if not found:
-        names = data.some(sorted(file.name for file in there)) or "none"
+        names = data.some(sorted(file.name for file in prompts)) or "none"
         raise ValueError(f"no prompt {path}: expected a file of this program (runs/*.pt), the "
                          "beginning of its path up to a '-', or a checkpoint of the official code; "
-                         f"prompts in {path if path.is_dir() else path.parent}: {names}")
+                         f"prompts in {folder}: {names}")
     newest = max(found, key=os.path.getmtime)
     print(f"prompt: {newest} (the newest of {len(found)})", file=sys.stderr)
     return newest
