@@ -468,7 +468,7 @@ def linear_probe(train, val):
     """The paper's other baseline: logistic regression on pairs (features (N, e), labels (N,)).
 
     scikit-learn's objective, 1/2 |W|^2 + C * sum of losses, in float64 by at most 2,000 steps of
-    L-BFGS.  That reaches its optimum for C up to about 1 (logits within 2e-3 of Newton's method);
+    L-BFGS.  That reaches its optimum for C up to about 100 (the gradient is zero to 1e-5 of W);
     with a larger C it can stop before, as the official code does at 1,000.  C is chosen on val.
     Returns weights (K, e), biases (K,) and C.  A class without training images has a bias of -inf:
     it is never predicted.
@@ -1567,6 +1567,10 @@ def test_prompt(prompt, setup, args):
     others = [name for name in setup.dataset.classnames if name not in own]
     if others:
         print(f"note: V was learned for other classes than {data.some(others)}", file=sys.stderr)
+    left_out = len(setup.dataset.train) + len(setup.dataset.val)
+    if left_out:
+        print(f"note: {left_out} images for training and validation are not tested (to test on "
+              "all, put the class folders into a folder test)", file=sys.stderr)
     data.check_images([path for path, _ in setup.dataset.test], setup.dataset)
     for split, g in learned.items():
         f, labels = setup.test_part(split)

@@ -12,13 +12,11 @@ could be empty, a control stands beside it that has to fail.
 Know before: the four modules.  Read test_packed_equals_plain and test_training_equals_the_textbook
 first: they hold up the rest.
 """
-import ast
 import copy
 import dataclasses
 import functools
 import glob
 import hashlib
-import importlib
 import importlib.util
 import io
 import itertools
@@ -56,15 +54,15 @@ from coop import PromptLearner
 from tokenizer import Tokenizer
 
 HERE = pathlib.Path(__file__).parent
+CLIP_ANYTORCH = importlib.util.find_spec("clip")
 NAMES = ["banded", "polka-dotted", "cobwebbed", "a_long name, with 3 digits: 224", "grid"]
 
 
 def openai(module):
     """OpenAI's clip/model.py or clip/simple_tokenizer.py, out of the package clip-anytorch."""
-    package = importlib.util.find_spec("clip")
-    if package is None:
+    if CLIP_ANYTORCH is None:
         pytest.skip("needs OpenAI's code: pip install --no-deps clip-anytorch==2.6.0")
-    path = pathlib.Path(package.submodule_search_locations[0]) / f"{module}.py"
+    path = pathlib.Path(CLIP_ANYTORCH.origin).with_name(f"{module}.py")
     spec = importlib.util.spec_from_file_location(f"openai_{module}", path)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
@@ -584,11 +582,13 @@ def test_a_loss_that_is_no_number_ends_training():
 @pytest.mark.parametrize("shots", [1, 8])
 @pytest.mark.parametrize("C", [1e6, 1e3, 1, 1e-3, 1e-6])
 def test_linear_probe_is_at_its_optimum(C, shots, classes, monkeypatch):
-    """Logits are those at the lowest point of 1/2 |W|^2 + C * sum of losses, to 2e-3.
+    """At the lowest point of 1/2 |W|^2 + C * sum of losses the gradient is zero, by hand:
 
-    On this small problem for every C; on many features a large C may stop before.
-    Two classes have one vector, as in scikit-learn: the first one's weights are zero.  A class
-    without training images, here 2 and 5, is never predicted.
+        W[k] = C * sum over images of (1[label is k] - p[k]) f     0 = sum of (1[label is k] - p[k])
+
+    To 3e-3 of W on this small problem; on many features a large C may stop before.  Two classes
+    have one vector, as in scikit-learn: the first one's weights are zero.  A class without training
+    images, here 2 and 5, is never predicted.
     """
     torch.manual_seed(0)
     labels = torch.tensor(classes * shots)
@@ -602,30 +602,17 @@ def test_linear_probe_is_at_its_optimum(C, shots, classes, monkeypatch):
     assert accuracy(C) == (logits.argmax(1) == val[1]).sum(), "C is chosen on validation images"
     assert logits.isfinite().all(0).nonzero().flatten().tolist() == classes
 
-    rows = torch.tensor([0, 1, -1, 2, 3])[labels]
-    vectors = 1 if len(classes) == 2 else len(classes)
-    x = F.pad(f.double() - f.double().mean(0), (0, 1), value=1.0)    # the biases take the mean
+    def gradients(W):
+        """Of the losses: for W, times -C, and for b."""
+        error = F.one_hot(labels, 6) - (f.double() @ W.T + b).softmax(1)
+        if len(classes) == 2:
+            error[:, 0] = 0
+        return C * error.T @ (f - f.mean(0)).double(), error.sum(0) / error.norm()
 
-    def weights(w):
-        return F.pad(w.reshape(vectors, 7), (0, 0, len(classes) - vectors, 0))
-
-    def objective(w):
-        losses = F.cross_entropy(x @ weights(w).T, rows, reduction="sum")
-        return weights(w)[:, :-1].square().sum() / 2 + C * losses
-
-    w = torch.zeros(7 * vectors).double()
-    for _ in range(50):                              # Newton's method with halved steps
-        gradient = torch.func.grad(objective)(w)
-        hessian = torch.func.hessian(objective)(w)
-        step = torch.linalg.pinv(hessian, rtol=1e-13, hermitian=True) @ gradient
-        while objective(w - step) > objective(w):
-            step = step / 2
-        w = w - step
-    found = logits[:len(f), classes]
-    found -= found.mean(1, keepdim=True)                             # changes no probability
-    optimum = x @ weights(w).T
-    optimum -= optimum.mean(1, keepdim=True)
-    assert relative(found, optimum) < 2e-3 < relative(1.01 * found, optimum)
+    of_W, of_b = gradients(W)
+    assert relative(of_W, W) < 3e-3 and of_b.norm() < 3e-5
+    of_W, _ = gradients(1.01 * W)
+    assert relative(of_W, 1.01 * W) > 9e-3, "control"
 
 
 @pytest.mark.parametrize("peak, expected", [(2.7, 2.703125), (0.99, 0.984375), (-9, -7), (9, 7)])
@@ -661,30 +648,28 @@ def test_mislabel():
 
 
 @pytest.mark.parametrize("mode, pixels, expected", [
-    ("CMYK", [(0, 255, 255, 0), (0, 0, 0, 255)], [(255, 0, 0), 0]),
-    ("I;16", [0, 255, 9000, 40000, 65535], [0, 0, 35, 156, 255]),
-    ("RGBA", [(1, 2, 3, 255), (0, 0, 0, 128)], [(1, 2, 3), 127]),
-    ("P", [0, 1], [(1, 2, 3), 255]),
+    ("CMYK", [(0, 255, 255, 0), (0, 0, 0, 255)], [(255, 0, 0), (0, 0, 0)]),
+    ("I;16", [0, 255, 9000, 40000, 65535], [(gray,) * 3 for gray in (0, 0, 35, 156, 255)]),
+    ("RGBA", [(1, 2, 3, 255), (0, 0, 0, 128)], [(1, 2, 3), (127, 127, 127)]),
+    ("P", [0, 1], [(1, 2, 3), (255, 255, 255)]),
+    ("F", [0.5], None), ("I", [65536], None), ("I", [-1], None),
 ])
 def test_any_image_becomes_rgb(mode, pixels, expected):
-    """16 bits are scaled, not cut off at 255; transparency is laid over white."""
+    """16 bits are scaled, not cut off at 255; transparency is laid over white.
+
+    Pixels of unknown range, which would be silently black or white, are refused.
+    """
     image = Image.new(mode, (len(pixels), 1))
-    for i, pixel in enumerate(pixels):
-        image.putpixel((i, 0), pixel)
+    image.putdata(pixels)
     if mode == "P":                                  # its second color is clear
         image.putpalette([1, 2, 3, 4, 5, 6])
         image.info["transparency"] = 1
-    rgb = data.to_rgb(image)
-    for i, color in enumerate(expected):
-        assert rgb.getpixel((i, 0)) == tuple(np.broadcast_to(color, 3))
-
-
-@pytest.mark.parametrize("mode, pixel", [("F", 0.5), ("I", 65536), ("I", -1)])
-def test_pixels_of_unknown_range_are_refused(tmp_path, mode, pixel):
-    """They would be silently black or white."""
-    Image.new(mode, (2, 2), pixel).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match="image .*x.tif: .* 8 or 16 bits"):
-        data.read_image(tmp_path / "x.tif")
+    if expected is None:
+        with pytest.raises(ValueError, match="with 8 or 16 bits"):
+            data.to_rgb(image)
+    else:
+        rgb = data.to_rgb(image)
+        assert [rgb.getpixel((i, 0)) for i in range(len(pixels))] == expected
 
 
 def test_photographs_are_turned_upright(tmp_path):
@@ -1014,31 +999,20 @@ def test_dtd_is_fetched_completely_or_not_at_all(tmp_path, monkeypatch):
 # ---- data.py: the demo's world -------------------------------------------------------------------
 
 
-def test_a_drawing_has_its_color():
-    """The brightest pixel on a black ground has the hue of its color."""
-    style = data.Style(contrast=(1, 1), noise=(0, 0))
-    for color, hue in data.HUES.items():
-        image = data.draw(color, "striped", "fine", "black", style, np.random.default_rng(0))
-        hsv = Image.fromarray(image).convert("HSV")
-        h, _, v = np.asarray(hsv, int).reshape(-1, 3).T
-        assert abs((h[v.argmax()] / 255 * 360 - hue + 180) % 360 - 180) < 12
-
-
 def test_a_drawn_dataset(tmp_path, monkeypatch):
-    """Drawn completely or not at all; each image lies in the folder of its class."""
-    images = [np.full((8, 8, 3), i, np.uint8) for i in range(1, 48 * 3 + 1)]
-    draw = mock.Mock(side_effect=[KeyboardInterrupt, *images])
-    monkeypatch.setattr(data, "draw", draw)
-    with pytest.raises(KeyboardInterrupt):
-        data.draw_dataset(tmp_path / "demo", {"train": 2, "test": 1})
-    assert not (tmp_path / "demo").exists()
-    data.draw_dataset(tmp_path / "demo", {"train": 2, "test": 1})
+    """The purest pixel of each image has the hue of its folder.  A folder is complete or absent."""
+    data.draw_dataset(tmp_path / "demo", {"train": 1, "test": 2}, data.Style((1, 1), (0, 0)))
     dataset = data.load_dataset(tmp_path / "demo")
-    assert len(dataset.train) == 96 and len(dataset.test) == 48
+    assert len(dataset.train) == 48 and len(dataset.test) == 96
     for path, label in dataset.train + dataset.test:
-        number, _, _ = Image.open(path).getpixel((0, 0))
-        color, texture = draw.mock_calls[number].args[:2]
-        assert dataset.classnames[label] == f"{color} {texture}"
+        h, saturation, _ = np.asarray(Image.open(path).convert("HSV"), int).reshape(-1, 3).T
+        hue = data.HUES[dataset.classnames[label].split()[0]]
+        assert abs((h[saturation.argmax()] / 255 * 360 - hue + 180) % 360 - 180) < 12
+    images = [np.zeros((8, 8, 3), np.uint8), KeyboardInterrupt]
+    monkeypatch.setattr(data, "draw", mock.Mock(side_effect=images))
+    with pytest.raises(KeyboardInterrupt):
+        data.draw_dataset(tmp_path / "other", {"test": 2})
+    assert os.listdir(tmp_path) == ["demo"]
 
 
 # ---- The command line: from a folder to a prompt -------------------------------------------------
@@ -1173,16 +1147,15 @@ def test_from_folder_to_prompt(command, world, tmp_path, options):
     names = PARTS[settings["classes"]]
     assert prompt["settings"] == settings and prompt["classnames"] == names
     train = data.load_dataset(world.photos).train
-    below = []
-    for path, label in data.few_shot(train, 2, random.Random(settings["seed"])):
-        if CLASSES[label] in names:
-            below.append(path.relative_to(world.photos).as_posix())
-    assert result["training_images"] == below
+    sample = data.few_shot(train, 2, random.Random(settings["seed"]))
+    assert result["training_images"] == [
+        path.relative_to(world.photos).as_posix() for path, k in sample if CLASSES[k] in names]
 
     line = screen.splitlines()[-1].partition("python coop.py ")[2]
     words = shlex.split(line.replace("IMAGE_OR_FOLDER", tests.as_posix()))
     assert len(command(*words)[0].splitlines()) == 20
-    screen, _ = command(*words[:2], *world.learn[:2], "--classes", settings["classes"])
+    screen, err = command(*words[:2], *world.learn[:2], "--classes", settings["classes"])
+    assert "note: 60 images for training and validation are not tested" in err
     assert f": {accuracy[parts[-1]]:.2f} %; hardest: " in screen.splitlines()[-1]
 
 
@@ -1581,9 +1554,10 @@ def test_table():
 # Whoever has the code that the paper's authors published can hold this project against it: the same
 # images, prompts, learning rates, steps.  Nothing of it is copied here.
 
-OFFICIAL = """needs the official code, in any folder (and a torchvision that fits torch, for crops):
+OFFICIAL = """needs the official code, in any folder, and what it imports:
     git clone https://github.com/KaiyangZhou/CoOp && git -C CoOp checkout ff61507
     git clone https://github.com/KaiyangZhou/Dassl.pytorch && git -C Dassl.pytorch checkout c61a1b5
+    pip install yacs tqdm            # and a torchvision that fits torch, for the crops
     export COOP_OFFICIAL=$PWD/CoOp DASSL_OFFICIAL=$PWD/Dassl.pytorch"""
 
 OFFICIAL_NAMES = [
@@ -1591,25 +1565,6 @@ OFFICIAL_NAMES = [
     "bird's-eye_", "__init__", "  two   spaces ", "T-Shirt/top", "100%", "a&amp;amp;b", "<b>", "?",
     "<|startoftext|>", "café", "cafÃ©", "cafe\u0301", "ＡＢ", "½", "ΟΔΟΣ", "кот", "猫", "🐱", "{}",
 ]
-
-
-class OfficialConfig(types.SimpleNamespace):
-    """In place of yacs' CfgNode: attributes, and as much of YAML as CoOp's files need."""
-
-    def clone(self):
-        return copy.deepcopy(self)
-
-    def merge(self, name):
-        """Take over the settings of one of CoOp's files."""
-        folder = pathlib.Path(os.environ["COOP_OFFICIAL"], "configs", "trainers", "CoOp")
-        sections = [self]                    # the outermost first
-        for line in (folder / f"{name}.yaml").read_text(encoding="utf-8").split("\n"):
-            key, _, value = line.partition(":")
-            depth = key.count("  ")
-            if value:
-                setattr(sections[depth], key.strip(), ast.literal_eval(value.strip()))
-            elif key:
-                sections[depth + 1:] = [getattr(sections[depth], key.strip())]
 
 
 class OfficialScheduler(torch.optim.lr_scheduler.LRScheduler):
@@ -1621,15 +1576,13 @@ class OfficialScheduler(torch.optim.lr_scheduler.LRScheduler):
 
 @functools.cache
 def import_official():
-    """Import both checkouts -> .cfg, CoOp's for RN50 and one shot; .clip, a random one; .tokenizer
+    """Import both checkouts -> the module `train` of CoOp, a random CLIP, its tokenizer.
 
-    In memory, while they are imported, these are replaced:
-      - yacs and the base class of Dassl's schedulers, by the two classes above;
-      - tqdm, by what shows no bar;
-      - packages that CoOp does not use but Dassl imports, by mocks; torchvision only if none fits.
-    And for good: the loading of CLIP, which gives the random one, in float64; its LayerNorm, which
-    goes through fp32, by torch's (in openai_clip).
+    In memory, while they are imported, the base class of Dassl's schedulers is replaced by the
+    class above, and packages that CoOp does not use but Dassl imports by mocks (torchvision only
+    if none fits torch).  And for good: the loading of CLIP, which gives the random one, in float64.
     """
+    checkouts = [pathlib.Path(os.environ[name]) for name in ("COOP_OFFICIAL", "DASSL_OFFICIAL")]
     unused = ["gdown", "pandas", "scipy", "scipy.io", "sklearn", "sklearn.metrics", "tabulate",
               "torch.utils.tensorboard", "wilds"]
     try:
@@ -1640,38 +1593,33 @@ def import_official():
         for name in unused:
             patch.setitem(sys.modules, name, mock.MagicMock())
         sys.modules["sklearn.metrics"].f1_score.return_value = 0     # printed beside the accuracy
-        patch.setitem(sys.modules, "tqdm", mock.Mock(tqdm=iter))
-        patch.setitem(sys.modules, "yacs", mock.Mock())
-        patch.setitem(sys.modules, "yacs.config", mock.Mock(CfgNode=OfficialConfig))
         patch.setattr(torch.optim.lr_scheduler, "_LRScheduler", OfficialScheduler)
-        patch.syspath_prepend(os.environ["DASSL_OFFICIAL"])
-        patch.syspath_prepend(os.environ["COOP_OFFICIAL"])
+        for path in checkouts:
+            patch.syspath_prepend(path)
         train = importlib.import_module("train")
-        cfg = train.get_cfg_default()
-        train.extend_cfg(cfg)
-        clip = openai_clip(resolution=32, vocab_size=49408, width=64)
-        source = type(clip).__init__.__code__.co_filename
-        assert os.path.samefile(source, sys.modules["clip.model"].__file__)  # theirs, too
-    train.trainers.coop.load_clip_to_cpu = mock.Mock(return_value=clip)
-    train.trainers.zsclip.load_clip_to_cpu = mock.Mock(return_value=clip)
-    for name in ("clip", "clip.clip", "clip.model", "clip.simple_tokenizer"):
-        del sys.modules[name]                # the other tests want OpenAI's
-    cfg.merge("rn50_ep50")
-    cfg.USE_CUDA = False
-    cfg.INPUT.SIZE = (32, 32)
-    cfg.DATASET.NAME = "DescribableTextures"
-    vocabulary = pathlib.Path(os.environ["COOP_OFFICIAL"], "clip", tokenizer_module.VOCABULARY)
-    return types.SimpleNamespace(cfg=cfg, clip=clip, tokenizer=Tokenizer.openai(vocabulary))
+    clip = openai_clip(resolution=32, vocab_size=49408, width=64)
+    for trainer in (train.trainers.coop, train.trainers.zsclip):
+        trainer.load_clip_to_cpu = mock.Mock(return_value=clip)
+    return train, clip, Tokenizer.openai(checkouts[0] / "clip" / tokenizer_module.VOCABULARY)
 
 
 @pytest.fixture
 def official():
-    """.cfg, .clip and .tokenizer; and `dassl`, `datasets`, `train` and `trainers` are imported."""
+    """.cfg, CoOp's for RN50 and one shot; .merge(file) another; .train, .clip, .tokenizer."""
     if "COOP_OFFICIAL" not in os.environ or "DASSL_OFFICIAL" not in os.environ:
         pytest.skip(OFFICIAL)
-    found = copy.copy(import_official())
-    found.cfg = found.cfg.clone()
-    return found
+    train, clip, tokenizer = import_official()
+    cfg = train.get_cfg_default()
+    train.extend_cfg(cfg)
+
+    def merge(file):
+        cfg.merge_from_file(f"{os.environ['COOP_OFFICIAL']}/configs/trainers/CoOp/{file}.yaml")
+
+    merge("rn50_ep50")
+    cfg.USE_CUDA = False
+    cfg.INPUT.SIZE = (32, 32)
+    cfg.DATASET.NAME = "DescribableTextures"
+    return types.SimpleNamespace(cfg=cfg, merge=merge, train=train, clip=clip, tokenizer=tokenizer)
 
 
 def official_trainer(name, cfg):
@@ -1696,16 +1644,13 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
     for all, base and new classes; many classes have fewer images than shots.
     """
     official_dtd = importlib.import_module("datasets.dtd")
-    set_random_seed = importlib.import_module("train").set_random_seed
-    root = tmp_path / "dtd"
-    lay_out(root, "; ".join(f"images/class {n:02} {n}" for n in range(4, 37)))
+    root = lay_out(tmp_path / "dtd", "; ".join(f"images/class {n:02} {n}" for n in range(4, 37)))
     names = functools.partial(official_dtd.listdir_nohidden, sort=True)      # not as the disk lists
     monkeypatch.setattr(official_dtd, "listdir_nohidden", names)
-    set_random_seed(1)
+    official.train.set_random_seed(1)
     parts = official_dtd.DescribableTextures.read_and_split_data(str(root / "images"))
     dataset = data.load_dataset(root)
-    ours = (dataset.train, dataset.val, dataset.test)
-    assert ours == tuple(official_items(part) for part in parts)
+    assert [dataset.train, dataset.val, dataset.test] == [official_items(part) for part in parts]
 
     split = {}
     for part, items in zip(data.PARTS, parts):               # paths may be absolute
@@ -1714,17 +1659,15 @@ def test_splits_and_few_shot_samples_are_the_official_ones(official, tmp_path, m
     dataset = data.load_dataset(root)
     setup = coop.Setup(None, "RN50", None, dataset, None)
     official.cfg.DATASET.ROOT = str(tmp_path)
-    for seed, shots, classes in itertools.product((1, 2, 3, 17), (1, 2, 4, 8, 16), coop.SPLITS):
-        official.cfg.SEED = seed
+    for seed, shots, classes in itertools.product((1, 2, 17), (1, 2, 4, 8, 16), coop.SPLITS):
         official.cfg.DATASET.NUM_SHOTS = shots
         official.cfg.DATASET.SUBSAMPLE_CLASSES = classes
-        set_random_seed(seed)
+        official.cfg.SEED = seed
+        official.train.set_random_seed(seed)
         theirs = official_dtd.DescribableTextures(official.cfg)
         run = coop.Run("coop", "dtd", "RN50", shots=shots, seed=seed, classes=classes)
-        train, val = setup.few_shot(run)
-        assert train == official_items(theirs.train_x), (seed, shots, classes)
-        assert val == official_items(theirs.val), (seed, shots, classes)
-        assert setup.renumber(dataset.test, classes) == official_items(theirs.test)
+        found = (*setup.few_shot(run), setup.renumber(dataset.test, classes))
+        assert found == tuple(map(official_items, (theirs.train_x, theirs.val, theirs.test)))
         assert setup.classnames(classes) == theirs.classnames
 
 
@@ -1792,7 +1735,7 @@ def test_zero_shot_is_the_official_one(official):
 def test_learning_rates_are_the_official_ones(official, file, shots):
     """Of every epoch, for the three numbers of epochs that the paper has."""
     optim = importlib.import_module("dassl.optim")
-    official.cfg.merge(file)
+    official.merge(file)
     T = official.cfg.OPTIM.MAX_EPOCH
     optimizer = optim.build_optimizer([torch.nn.Parameter(torch.zeros(1))], official.cfg.OPTIM)
     scheduler = optim.build_lr_scheduler(optimizer, official.cfg.OPTIM)
@@ -1809,14 +1752,10 @@ def test_learning_rates_are_the_official_ones(official, file, shots):
 def test_V_is_that_of_the_official_training(official, position, csc, tmp_path, monkeypatch):
     """After 100 steps on the same images in the same batches, by Dassl's own loop.
 
-    The difference is measured in V's largest move.  Small faults in the recipe must show in it.
-    Text features with their gradient, accuracy by their evaluator, and their checkpoint, read by
-    us, are compared on the way.
+    The difference is measured in V's largest move; small faults in the recipe must show in it.
+    Text features, accuracy by their evaluator and their checkpoint, read by us, are equal, too.
     """
-    N = 70                                   # two batches of 32; the third is dropped
-    crops = 3
     T = official.cfg.OPTIM.MAX_EPOCH
-    schedule = coop.batches(N, T, seed=1)
     official.cfg.OUTPUT_DIR = str(tmp_path)
     official.cfg.TRAINER.COOP.N_CTX = 4
     official.cfg.TRAINER.COOP.CSC = csc
@@ -1824,51 +1763,39 @@ def test_V_is_that_of_the_official_training(official, position, csc, tmp_path, m
     torch.manual_seed(0)
     trainer = official_trainer("CoOp", official.cfg)
     model = trainer.model
+    ctx = model.prompt_learner.ctx
+    start = ctx.detach().clone()
     clip = ours(official.clip)
     learner = PromptLearner(clip, official.tokenizer, NAMES, 4, position, csc)
-    learner.V.data.copy_(model.prompt_learner.ctx)
-    expected = model.text_encoder(model.prompt_learner(), model.tokenized_prompts)
-    g = clip.encode_prompts(*learner())
-    weights = torch.randn(g.shape, dtype=g.dtype)
-    gradients = []
-    for features, V in ((expected, model.prompt_learner.ctx), (g, learner.V)):
-        gradients += torch.autograd.grad((features * weights).sum(), V)
-    assert relative(g, expected) < 1e-12 and relative(*gradients) < 1e-12
-
-    images = torch.randn(N, crops, 3, 32, 32, dtype=torch.float64)
-    labels = torch.arange(N) % len(NAMES)
-    features = clip.encode_image(images.flatten(0, 1)).unflatten(0, (N, crops))
-    start = learner.V.detach().clone()
+    images = torch.randn(70, 3, 3, 32, 32, dtype=torch.float64)      # three crops of 70 images
+    labels = torch.arange(70) % len(NAMES)
+    features = clip.encode_image(images.flatten(0, 1)).unflatten(0, (70, 3))
+    schedule = coop.batches(70, T, seed=1)           # two of 32 in an epoch; the rest is dropped
 
     def before_epoch():
         trainer.train_loader_x = []
         for batch in schedule[trainer.epoch]:
-            x = images[batch, trainer.epoch % crops]
+            x = images[batch, trainer.epoch % 3]
             trainer.train_loader_x.append({"img": x, "label": labels[batch]})
 
     trainer.before_epoch = before_epoch
     trainer.test_loader = [{"img": images[:, 0], "label": labels}]
     trainer.train()
-    expected = model.prompt_learner.ctx.detach()
 
     def difference():
         learner.V.data.copy_(start)
         coop.train(clip, learner, features, labels, T, seed=1)
-        return ((learner.V - expected).abs().max() / (expected - start).abs().max()).item()
+        return ((learner.V - ctx).abs().max() / (ctx - start).abs().max()).item()
 
     assert difference() < 1e-9
+    learner.V.data.copy_(ctx)
     g = clip.encode_prompts(*learner())
+    expected = model.text_encoder(model.prompt_learner(), model.tokenized_prompts)
+    assert relative(g, expected) < 1e-12
     assert coop.evaluate(features[:, 0], g, labels) == pytest.approx(trainer.test())
     checkpoint = tmp_path / "prompt_learner" / f"model.pth.tar-{T}"
-    assert torch.equal(coop.load_prompt(checkpoint)["V"], expected.float())
-
-    learning_rate = coop.learning_rate
-
-    def late(epoch, T):
-        return learning_rate(max(0, epoch - 1), T)
-
-    faults = {"WEIGHT_DECAY": 0, "MOMENTUM": 0.89, "learning_rate": late}
-    for name, fault in faults.items():
+    assert torch.equal(coop.load_prompt(checkpoint)["V"], ctx.float())
+    for name, fault in (("WEIGHT_DECAY", 0), ("MOMENTUM", 0.89)):
         with monkeypatch.context() as patch:
             patch.setattr(coop, name, fault)
             assert difference() > 1e-5, name
@@ -1888,7 +1815,7 @@ def readme_code(words):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A reader's machine: small weights called RN50, folders of images, a small demo."""
+    """A reader's machine: small weights called RN50, folders of images, a demo made before."""
     home = tmp_path / "home"
     here = tmp_path / "here"
     here.mkdir()
@@ -1908,15 +1835,10 @@ def reader(tmp_path, monkeypatch):
     paint(here / "dtd" / "images", ["cat", "zebra"], [3, 3])
     split = re.sub(r"(cat|zeb)(ra)?/(\d).jpg", r"\1\2/\1_\3.png", SPLIT)
     (here / "dtd" / "split_zhou_DescribableTextures.json").write_text(split)
-
-    draw_pairs = data.draw_pairs
-    draw_dataset = data.draw_dataset
-    pretrain = clip_model.pretrain
-    monkeypatch.setattr(data, "draw_pairs", lambda count: draw_pairs(64))
-    monkeypatch.setattr(clip_model, "pretrain", lambda clip, images, ids, steps, progress:
-                        pretrain(clip, images, ids, 2, batch_size=4))
-    monkeypatch.setattr(data, "draw_dataset", lambda root, counts, style:
-                        draw_dataset(root, {part: 1 for part in counts}, style))
+    demo = home / ".cache" / "coop" / f"demo-{coop.demo_code()}"
+    for folder in ("demo/train", "demo/val", "demo/test", "demo-photos/test", "demo-faint/test"):
+        paint(demo / folder, ["red dotted", "blue grid"], [2, 2])
+    shutil.copy(weights, demo / "clip.pt")
     monkeypatch.setattr(coop, "paper_epochs", lambda shots, dataset: 1)
     monkeypatch.setattr(coop, "search_C", lambda accuracy: 1.0)
     return here
@@ -1994,20 +1916,17 @@ def test_the_demo_tells_the_papers_story(tmp_path):
     linear probe; with M = 1 the nearest word is always "negative".  A second run makes nothing
     anew.  Two other CLIPs, of another seed or number of threads, gave leads of 11 points, too.
     """
-    command = [sys.executable, str(HERE / "coop.py"), "--demo", "--shots", "1", "--seeds", "1", "2",
+    command = [sys.executable, HERE / "coop.py", "--demo", "--shots", "1", "--seeds", "1", "2",
                "--M", "1", "4", "--probe", "--device", "cpu",
-               "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+               "--cache", tmp_path / "cache", "--out", tmp_path / "out"]
     subprocess.run(command, check=True, capture_output=True)
+    found = results(tmp_path / "out")
     accuracy = {}
-    words = []
-    for path in (tmp_path / "out").glob("*.json"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        run = coop.Run(**result["settings"])
+    for result in found.values():
         assert result["n_test"] == {"all": 960}
-        accuracy.setdefault(run.label, []).append(result["accuracy"]["all"])
-        if run.M == 1:
-            words.append(coop.load_prompt(path.with_suffix(".pt"))["V"])
-    mean = {label: statistics.mean(values) for label, values in accuracy.items()}
+        row = accuracy.setdefault(coop.Run(**result["settings"]).label, [])
+        row.append(result["accuracy"]["all"])
+    mean = {label: statistics.mean(row) for label, row in accuracy.items()}
     plain = mean['zero-shot "a photo of a {} texture."']
     assert mean["CoOp M=4 end"] > plain + 10, mean
     assert mean["CoOp M=4 end"] > mean["linear probe"] + 3, mean
@@ -2015,15 +1934,14 @@ def test_the_demo_tells_the_papers_story(tmp_path):
 
     world, = (tmp_path / "cache").glob("demo-*")
     tokenizer = Tokenizer.from_file(world / "clip.merges.txt")
-    embedding = torch.load(world / "clip.pt", weights_only=True)["token_embedding.weight"]
-    assert len(words) == 2
-    for V in words:
-        nearest = (V - embedding).norm(dim=1).argmin()
-        assert tokenizer.decode([nearest]) == "negative "
+    embedding = torch.load(world / "clip.pt")["token_embedding.weight"]
+    words = [V for V in vectors(tmp_path / "out").values() if len(V) == 1]
+    nearest = [(V - embedding).norm(dim=1).argmin() for V in words]
+    assert tokenizer.decode(nearest) == "negative negative "
     made = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert made == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
-    assert again.stdout.count("done already") == 2 + 2 * 3
+    assert again.stdout.count("done already") == len(found)
     assert "nearest words to V of CoOp M=4 end, 1 shots, seed 2: negative (" in again.stdout
 
 
@@ -2129,7 +2047,7 @@ def benchmark_steps(backbone, variants=VARIANTS):
         main_case = (position, csc) == ("end", False)
         kind = "class-specific" if csc else "unified"
         name = f"{backbone}, 47 classes, M=16, {kind}, {position}"
-        compare(f"text step: {name}", mine, other, 7 if main_case else 3)
+        compare(f"text step: {name}", mine, other, 25 if main_case else 3)
         if main_case:
             compare(f"whole step: {name}", mine, whole, 7)
 
