@@ -366,7 +366,7 @@ def atomic_write(path):
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(content.getvalue())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
