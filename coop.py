@@ -817,12 +817,13 @@ def run_coop(setup, run, out):
     progress = Progress("learning V", run.epochs, "epochs")
     train(clip, learner, features, labels, run.epochs, run.seed, make_loss(setup, run), progress)
     seconds = time.time() - encoded
-    V = learner.V.detach()
-    save_prompt(out / f"{run.stem}.pt", setup, run, V)
+    parameters = dict(learner.named_parameters())    # V; whatever you add is saved and used, too
+    save_prompt(out / f"{run.stem}.pt", setup, run, parameters)
     predicted = {}
     for split in test_splits(run):
         f, _ = setup.test_part(split)
-        g = learned_features(clip, setup.tokenizer, setup.classnames(split), V, run.position)
+        names = setup.classnames(split)
+        g = learned_features(clip, setup.tokenizer, names, parameters, run.position)
         predicted[split] = classify(f, g)
     return make_result(setup, predicted, items, encoded - start, seconds)
 
@@ -1379,26 +1380,28 @@ def plot_images(setup, run, args, path):
 
 
 @torch.no_grad()
-def learned_features(clip, tokenizer, classnames, V, position):
-    """L2-normalized text features (K, e) of a learned context V with these class names.
+def learned_features(clip, tokenizer, classnames, parameters, position):
+    """L2-normalized text features (K, e) of a learned prompt with these class names.
 
-    Whatever else than V you let a prompt consist of must be saved with it and passed on here.
+    parameters: {name: tensor}, of a PromptLearner; a prompt that was loaded contains them.
     """
+    V = parameters["V"]
     csc = V.dim() == 3
     learner = PromptLearner(clip, tokenizer, classnames, V.shape[-2], position, csc)
-    learner.V.copy_(V)
+    for name, parameter in learner.named_parameters():
+        parameter.copy_(parameters[name])
     return F.normalize(clip.encode_prompts(*learner()), dim=-1)
 
 
-def save_prompt(path, setup, run, V):
+def save_prompt(path, setup, run, parameters):
     """Save all that a later use needs; torch.load(path, weights_only=True) reads it."""
     classnames = setup.classnames(run.classes)
-    g = learned_features(setup.clip, setup.tokenizer, classnames, V, run.position)
+    g = learned_features(setup.clip, setup.tokenizer, classnames, parameters, run.position)
     backbone = setup.backbone
     if backbone not in clip_model.MODELS:
         backbone = os.path.abspath(backbone)
     prompt = {
-        "V": V.cpu(),
+        **{name: parameter.detach().cpu() for name, parameter in parameters.items()},
         "classnames": classnames,
         "text_features": g.cpu(),
         "logit_scale": setup.clip.logit_scale.cpu(),
@@ -1496,7 +1499,9 @@ def prompt_features(prompt, setup, split):
                                  f"classes and none for {unknown[0]!r}; only a prompt without "
                                  "--csc goes with other classes")
             V = V[[own.index(name) for name in names]]
-    return learned_features(setup.clip, setup.tokenizer, names, V, prompt["settings"]["position"])
+    parameters = {**prompt, "V": V}
+    position = prompt["settings"]["position"]
+    return learned_features(setup.clip, setup.tokenizer, names, parameters, position)
 
 
 def use_prompt(args):
@@ -1548,8 +1553,8 @@ def check_text_features(prompt, setup):
     """ValueError if this program makes other text features of a prompt than those in its file."""
     names = prompt["classnames"]
     if names:
-        g = learned_features(setup.clip, setup.tokenizer, names, prompt["V"],
-                             prompt["settings"]["position"])
+        position = prompt["settings"]["position"]
+        g = learned_features(setup.clip, setup.tokenizer, names, prompt, position)
         distance = (g.cpu() - prompt["text_features"].cpu()).norm(dim=1).max()
         if not distance < 0.05:                      # even TF32 rounds at 1e-3
             raise ValueError(f"{prompt['file']} was learned by a program that builds prompts in "

@@ -1314,6 +1314,25 @@ def test_other_classes(command, prompts, world, tmp_path, file, names, rows, pos
     assert control != expected
 
 
+def test_a_prompt_is_all_that_is_learned(command, world, tmp_path, monkeypatch):
+    """Whoever gives PromptLearner another parameter need not think of saving or loading it."""
+    class Shifted(PromptLearner):
+        def __init__(self, clip, *arguments):
+            super().__init__(clip, *arguments)
+            self.shift = torch.nn.Parameter(torch.randn(64))
+
+        def forward(self):
+            shared, own, lengths = super().forward()
+            return shared, own + self.shift, lengths
+
+    monkeypatch.setattr(coop, "PromptLearner", Shifted)
+    command(*world.learn)
+    stem, = vectors(tmp_path / "out")
+    accuracy = results(tmp_path / "out")[stem]["accuracy"]["all"]
+    screen, _ = command("--load", tmp_path / "out", *world.learn[:4])
+    assert f": {accuracy:.2f} %; hardest" in screen.splitlines()[-1]
+
+
 def test_predict_and_export(command, world, prompts, tmp_path):
     """softmax(cosine / tau) on the screen, as JSON, by numpy; despite broken files."""
     folder = shutil.copytree(world.photos / "test", tmp_path / "images")
