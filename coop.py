@@ -1574,8 +1574,8 @@ def test_prompt(prompt, setup, args):
         print(f"note: V was learned for other classes than {data.some(others)}", file=sys.stderr)
     left_out = len(setup.dataset.train) + len(setup.dataset.val)
     if left_out:
-        print(f"note: {left_out} images for training and validation are not tested (all are, if "
-              "there is only a folder test with class folders)", file=sys.stderr)
+        print(f"note: {left_out} images for training and validation are not tested (of a folder "
+              "test/<class>/ alone all are)", file=sys.stderr)
     data.check_images([path for path, _ in setup.dataset.test], setup.dataset)
     for split, g in learned.items():
         f, labels = setup.test_part(split)
