@@ -711,32 +711,23 @@ def test_train_crop_is_a_random_resized_crop():
     """Area uniform in 8 to 100 %, shape log-uniform in 3:4 to 4:3, place uniform,
     mirrored half of the time.  Where nothing fits, as in a strip: the middle, 4:3 or 3:4.
     """
-    image = mock.Mock(width=400, height=400)
-    image.crop.return_value = image
-    image.resize.return_value = image
-    rng = random.Random(0)
-    for _ in range(4000):
-        data.train_crop(image, 32, rng)
-    image.resize.assert_called_with((32, 32), Image.BICUBIC)
-    image.transpose.assert_called_with(Image.FLIP_LEFT_RIGHT)
-    assert abs(image.transpose.call_count / 4000 - 0.5) < 0.03
-    boxes = np.array([call.args[0] for call in image.crop.mock_calls]) / 400
-    sides = boxes[:, 2:] - boxes[:, :2]
-    area = sides.prod(1)
-    assert 0.079 < area.min() < 0.09 and area.max() > 0.97
-    small = area < 0.5                               # nearly all of these fit at once
-    width, height = sides[small].T
-    left, top = boxes[small, :2].T
-    for sample, low, high in (
-        (width * height, 0.08, 0.5), (np.log(width / height) / math.log(4 / 3), -1, 1),
-        (left / (1 - width), 0, 1), (top / (1 - height), 0, 1),
-    ):
-        line = np.linspace(low, high, len(sample))
-        assert abs(np.sort(sample) - line).max() < 0.04 * (high - low)
+    image = mock.Mock(width=300, height=200)
+    rng = mock.Mock()
+    rng.uniform.side_effect = [1, 0, 0.16, math.log(3 / 2)]      # 245 x 245 is too high, 120 x 80
+    rng.randint.side_effect = [7, 9]
+    rng.random.return_value = 0.49
+    data.train_crop(image, 32, rng)
+    one_try = [mock.call.uniform(0.08, 1), mock.call.uniform(math.log(3 / 4), math.log(4 / 3))]
+    place = [mock.call.randint(0, 180), mock.call.randint(0, 120)]
+    assert rng.mock_calls == [*one_try, *one_try, *place, mock.call.random()]
+    expected = mock.call.crop((7, 9, 127, 89)).resize((32, 32), Image.BICUBIC)
+    assert image.mock_calls == expected.transpose(Image.FLIP_LEFT_RIGHT).call_list()
     for width, height, box in ((999, 9, (493, 0, 505, 9)), (9, 999, (0, 493, 9, 505))):
         strip = mock.Mock(width=width, height=height)
+        rng = mock.Mock(**{"uniform.return_value": 0.5, "random.return_value": 0.5})
         data.train_crop(strip, 32, rng)
-        strip.crop.assert_called_once_with(box)
+        assert rng.uniform.call_count == 20, "ten tries"
+        assert strip.mock_calls == mock.call.crop(box).resize((32, 32), Image.BICUBIC).call_list()
 
 
 def paint(root, names, counts, size=(32, 32), seed=0):
