@@ -804,10 +804,10 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
 
 
 def lay_out(root, layout):
-    """Files in folders, from "train/* 3; a.csv; b.txt = one, two".  -> root
+    """Files in folders, from "train/* 3; a.csv; b.txt = what it says".  -> root
 
     "cat 3" is cat/0.jpg, cat/1.jpg and cat/2.jpg, "a.csv" a file (both are empty, as
-    load_dataset reads names only), and b.txt has two lines; * is first cat, then dog.
+    load_dataset reads names only); * is first cat, then dog.
     """
     for entry in layout.split("; "):
         for name in ["cat", "dog"] if "*" in entry else [""]:
@@ -818,15 +818,19 @@ def lay_out(root, layout):
                 files = [f"{folder}/{i}.jpg" for i in range(int(count))]
             for file in files:
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
-                (root / file).write_text(text.replace(", ", "\n"), "utf-8")
+                (root / file).write_text(text, "utf-8")
     return root
 
 
 SPLIT = """{
-    "train": [["zebra/0.jpg", 0, "grevy zebra"], ["cat/0.jpg", 1, "cat"], ["cat/1.jpg", 1, "cat"]],
+    "train": [["cat/0.jpg", 1, "cat"], ["zebra/0.jpg", 0, "grevy zebra"], ["cat/1.jpg", 1, "cat"]],
     "val":   [["cat/2.jpg", 1, "cat"], ["zebra/2.jpg", 0, "grevy zebra"]],
     "test":  [["zebra/1.jpg", 0, "grevy zebra"]]
 }"""
+MINE = "images/cat 3; images/zebra 3; split_zhou_Mine.json = " + SPLIT
+LISTS = ("variants.txt = grevy zebra\ncat; images_variant_test.txt = zebra/1 grevy zebra"
+         "; images_variant_train.txt = cat/0 cat\nzebra/0 grevy zebra\ncat/1 cat"
+         "; images_variant_val.txt = cat/2 cat\nzebra/2 grevy zebra")
 
 
 @pytest.mark.parametrize("file, name, folder, template", [
@@ -840,17 +844,18 @@ SPLIT = """{
     ("SUN397", "sun397", "SUN397", "a photo of a {}."),
     ("UCF101", "ucf101", "UCF-101-midframes", "a photo of a person doing {}."),
     ("Mine", "folder", "images", "a photo of a {}."),
+    (None, "fgvc_aircraft", "images", "a photo of a {}, a type of aircraft."),
 ])
 def test_split_files(tmp_path, file, name, folder, template):
-    """Folder and prompt of the official code; the order is that of the file."""
-    root = tmp_path / "folder"
-    lay_out(root, f"{folder}/cat 3; {folder}/zebra 3; labels/train1.txt")
-    (root / f"split_zhou_{file}.json").write_text("\ufeff" + SPLIT, "utf-8")
+    """Folder and prompt of the official code; the order is that of the file, or of the lists."""
+    root = lay_out(tmp_path / "folder", f"{folder}/cat 3; {folder}/zebra 3; {LISTS}")
+    if file:
+        lay_out(root, f"labels/train1.txt; split_zhou_{file}.json = \ufeff{SPLIT}")
     cat = root / folder / "cat"
     zebra = root / folder / "zebra"
     assert data.load_dataset(root) == data.Dataset(
         name, ["grevy zebra", "cat"],
-        [(zebra / "0.jpg", 0), (cat / "0.jpg", 1), (cat / "1.jpg", 1)],
+        [(cat / "0.jpg", 1), (zebra / "0.jpg", 0), (cat / "1.jpg", 1)],
         [(cat / "2.jpg", 1), (zebra / "2.jpg", 0)],
         [(zebra / "1.jpg", 0)],
         template, root, ["classes without test images: cat"])
@@ -869,10 +874,8 @@ def test_split_files(tmp_path, file, name, folder, template):
     ('1, "cat"', '0, "grevy zebra"', "1 classes and 1 test images"),
 ])
 def test_bad_split_files(tmp_path, old, new, error):
-    root = lay_out(tmp_path / "x", "images/cat 3; images/zebra 3")
-    (root / "split_zhou_Mine.json").write_text(SPLIT.replace(old, new))
     with pytest.raises(ValueError, match=error):
-        data.load_dataset(root)
+        data.load_dataset(lay_out(tmp_path / "x", MINE.replace(old, new)))
 
 
 def test_class_folders_are_split_50_20_30(tmp_path):
@@ -888,9 +891,7 @@ def test_class_folders_are_split_50_20_30(tmp_path):
     assert dataset.test == cats[3:] + dogs[5:]
 
 
-LIST = "; classnames.txt = \ufeffn01484850 white shark, n01440764 tench, n02012849 crane"
-AIRCRAFT = ("images 6; variants.txt = 707-320, DC 10; images_variant_train.txt = 0 DC 10, 1 707-320"
-            "; images_variant_val.txt = 3 DC 10, 2 707-320; images_variant_test.txt = 4 DC 10")
+LIST = "; classnames.txt = \ufeffn01484850 white shark\nn01440764 tench\nn02012849 crane"
 FOLDERS = [   # layout, classes, images for train, val and test, notes
     ("TrainingSet/* 3; VALID/* 2; Test Data/* 4", "cat, dog", [6, 4, 8], "^$"),
     ("train/* 3; valid/* 2", "cat, dog", [6, 0, 4], "of valid/ are for testing"),
@@ -904,12 +905,11 @@ FOLDERS = [   # layout, classes, images for train, val and test, notes
      "2 .pdf, .*; first: dog/7; .* 3; first: dog/pups/small/0.jpg; .* 1; first: a.png; .*: owl$"),
     ("cat 4; dog/.git 3; ._0.jpg; __MACOSX/* 3; dog/0.JPG; dog/1.JPG", "cat, dog", [3, 1, 2], "^$"),
     ("0 4; n01440764 4", "0, n01440764", [4, 2, 2], "2 class names have codes"),
-    ("* 4; classnames.txt = cat, fox", "cat, dog", [4, 2, 2], "^classnames.txt is not used"),
+    ("* 4; classnames.txt = cat\nfox", "cat, dog", [4, 2, 2], "^classnames.txt is not used"),
     ("train/n01484850 3; train/n01440764 3; val/n01484850 2" + LIST, "tench, white shark",
      [6, 0, 2], "classes without test images: tench"),
     ("x/0 1; x/2 2" + LIST, "white shark, crane", [0, 0, 3], "^$"),
     ("n01484850 4; n01440764 4" + LIST, "tench, white shark", [4, 2, 2], "^$"),
-    (AIRCRAFT, "707-320, DC 10", [2, 2, 1], "without test images: 707"),
 ]
 
 
@@ -922,12 +922,6 @@ def test_folders_as_people_have_them(tmp_path, monkeypatch, layout, classes, cou
     assert ", ".join(dataset.classnames) == classes
     assert [len(part) for part in parts] == counts
     assert re.search(notes, "; ".join(dataset.notes)), dataset.notes
-    if layout == AIRCRAFT:                           # images in the order of their lists
-        assert dataset.name == "fgvc_aircraft"
-        assert dataset.template == "a photo of a {}, a type of aircraft."
-        images = tmp_path / "images"
-        assert dataset.val == [(images / "3.jpg", 1), (images / "2.jpg", 0)]
-        return
     assert dataset.name == tmp_path.name
     pairs = {(path.parent.name, label) for path, label in itertools.chain(*parts)}
     assert [label for _, label in sorted(pairs)] == list(range(len(pairs)))
@@ -937,7 +931,7 @@ def test_imagenet_has_a_thousand_classes(tmp_path):
     """Only then a folder with wnids is ImageNet, which is learned for fewer epochs."""
     names = [f"n{i:08} name {i}" for i in range(1000)]
     folders = [f"{part}/{name[:9]} 1" for part in ("train", "val") for name in names]
-    lay_out(tmp_path, "; ".join([*folders, "classnames.txt = " + ", ".join(names)]))
+    lay_out(tmp_path, "; ".join([*folders, "classnames.txt = " + "\n".join(names)]))
     assert data.load_dataset(tmp_path).name == "imagenet"
 
 
