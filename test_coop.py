@@ -259,10 +259,10 @@ def small():
     return openai_clip(vision_width=4, width=64, layers=1, double=False).bfloat16().float()
 
 
-def saved(content, **options):
-    """The bytes of a file by torch.save."""
+def saved(content, save=torch.save, **options):
+    """The bytes of a file by torch.save, or by torch.jit.save."""
     buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
+    save(content, buffer, **options)
     return buffer.getvalue()
 
 
@@ -302,13 +302,10 @@ def files(small):
     example = (torch.randn(1, 3, 64, 64), torch.randint(1, 500, (1, 77)))
     program = torch.jit.trace(half, example, check_trace=False)
     openai("model").convert_weights(half)            # in part; the program has the same tensors
-    traced = io.BytesIO()
-    torch.jit.save(program, traced)
     bare = {**sd, "context_length": torch.tensor(77)}                # as OpenAI's files have
-    both = torch.stack([sd["text_projection"] - 1, sd["text_projection"]], dim=-1)
-    bare["text_projection"] = both[..., 1]                           # a view with strides
+    bare["text_projection"] = F.pad(sd["text_projection"], (1, 1))[:, 1:-1]      # a view
     return {
-        "TorchScript": traced.getvalue(),            # as OpenAI ships its models
+        "TorchScript": saved(program, torch.jit.save),       # as OpenAI ships its models
         "bare": saved(bare),
         "training checkpoint": saved(training_checkpoint(small.state_dict(keep_vars=True))),
         "safetensors": safetensors(sd),
@@ -399,27 +396,23 @@ def test_which_gelu(files, small, tmp_path, capsys):
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch):
-    """Where downloads belong, in an empty home; half a second without an answer is enough."""
+    """Where downloads belong, in an empty home, and the address of a server that never answers."""
     for name, value in (("HOME", tmp_path), ("USERPROFILE", tmp_path), ("no_proxy", "*")):
         monkeypatch.setenv(name, str(value))
     for module in (clip_model, tokenizer_module):
         monkeypatch.setattr(module, "TIMEOUT", 0.5)
-    (tmp_path / ".cache" / "clip").mkdir(parents=True)
-    return tmp_path / ".cache" / "clip"
-
-
-@pytest.fixture
-def silent():
-    """The address of a server that never answers."""
+    folder = tmp_path / ".cache" / "clip"
+    folder.mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/file"
+        yield folder, f"http://127.0.0.1:{server.getsockname()[1]}/file"
 
 
-def test_weights_from_three_places(downloads, silent, files, tmp_path, monkeypatch, capsys):
+def test_weights_from_three_places(downloads, files, tmp_path, monkeypatch, capsys):
     """The first place with the right bytes is taken; if there is none, one line names them all.
 
     A damaged file is fetched again, a sound one is not.  OpenAI's files are QuickGELU.
     """
+    folder, silent = downloads
     content = files["bare"]
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(clip_model.MODELS, "RN50", (digest, 244))
@@ -427,12 +420,12 @@ def test_weights_from_three_places(downloads, silent, files, tmp_path, monkeypat
     monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri() + "/")
     places = [tmp_path / digest / "RN50.pt", tmp_path / "RN50.pt"]
     urls = [silent, places[0].as_uri(), places[1].as_uri()]
-    file = downloads / "RN50.pt"
+    file = folder / "RN50.pt"
     places[1].write_bytes(content[:-1])
     with pytest.raises(OSError, match="RN50 cannot be downloaded") as error:
         clip_model.load("RN50")
     assert f"{', '.join(urls)} and put it at {file}" in one_line(error)
-    assert not os.listdir(downloads)
+    assert not os.listdir(folder)
     for path in (file, *places):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
@@ -455,11 +448,12 @@ def test_names_and_addresses_are_openais(downloads):
     assert dict(zip(clip_model.MODELS, addresses, strict=True)) == theirs
 
 
-def test_vocabulary_is_found_or_downloaded(downloads, silent, tmp_path, monkeypatch):
+def test_vocabulary_is_found_or_downloaded(downloads, tmp_path, monkeypatch):
     """The cached file if it is sound, else a package's, else a download, else one line."""
+    folder, silent = downloads
     packaged = tokenizer_module.find_vocabulary()        # the home is empty
     vocabulary = packaged.read_bytes()
-    cached = downloads / packaged.name
+    cached = folder / packaged.name
     for content, found in ((vocabulary, cached), (vocabulary[:-1], packaged)):
         cached.write_bytes(content)
         assert tokenizer_module.find_vocabulary() == found
@@ -471,7 +465,7 @@ def test_vocabulary_is_found_or_downloaded(downloads, silent, tmp_path, monkeypa
         monkeypatch.setattr(tokenizer_module, "URL", url)
         with pytest.raises(OSError, match=re.escape(f"put {url} at {cached}")) as error:
             Tokenizer.openai()
-        assert one_line(error) and not os.listdir(downloads)
+        assert one_line(error) and not os.listdir(folder)
     page.write_bytes(vocabulary)
     assert Tokenizer.openai().encode("a cat") == [320, 2368]
 
