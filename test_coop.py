@@ -193,11 +193,11 @@ def test_encoders_equal_openais(name):
 VARIANTS = list(itertools.product(coop.POSITIONS, (False, True)))
 
 
-def plain_prompts(model, tokenizer, V, names, position):
-    """The K x 77 token embeddings of CoOp's prompts, built as in the official code.
+def prompt_features(model, tokenizer, V, names, position):
+    """The textbook: features (K, e) of K x 77 token embeddings, built as in the official code.
 
     From the sentence "x x x x name." with M words x, whose embeddings V replaces; the tokens of
-    the name, as many as it has alone, then move to their position.  -> (K, 77, d), eot (K,)
+    the name, as many as it has alone, then move to their position.
     """
     M = V.shape[-2]
     before = {"end": M, "middle": M // 2, "front": 0}[position]
@@ -209,11 +209,11 @@ def plain_prompts(model, tokenizer, V, names, position):
         end = 1 + M + len(tokenizer.encode(names[i]))
         rows.append(torch.cat([row[:1], context[:before], row[1 + M:end],
                                context[before:], row[end:]]))
-    return torch.stack(rows), ids.argmax(-1)
+    return plain_text_features(model, torch.stack(rows), ids.argmax(-1))
 
 
 def plain_text_features(model, prompts, eot):
-    """The textbook: K x 77 embeddings through all of OpenAI's text encoder, read at eot."""
+    """K x 77 embeddings (K, 77, d) through all of OpenAI's text encoder, read at eot (K,)."""
     x = prompts + model.positional_embedding
     x = model.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
     return model.ln_final(x)[torch.arange(len(x)), eot] @ model.text_projection
@@ -231,8 +231,7 @@ def test_packed_equals_plain(position, csc, monkeypatch):
     names = [*NAMES, "U.S.", "what?", "hot_dog", "St. Bernard", "Ünïcödé 東京"]
     learner = PromptLearner(clip, tokenizer, names, 5, position, csc)
     learner.V.data.normal_()
-    plain = plain_prompts(model, tokenizer, learner.V, names, position)
-    plain = plain_text_features(model, *plain)
+    plain = prompt_features(model, tokenizer, learner.V, names, position)
     weight = torch.randn_like(plain)
     expected, = torch.autograd.grad((plain * weight).sum(), learner.V)
     assert expected.abs().min() > 0, "control: every number of V matters"
@@ -504,8 +503,7 @@ def textbook(model, V, position, features, labels, seed, formula):
             rate = 0.5 * 0.002 * (1 + math.cos(math.pi * (epoch - 1) / 10))
         shuffled = torch.randperm(len(labels), generator=rng)
         for batch in (shuffled[:32], shuffled[32:64]):
-            prompts = plain_prompts(model, Tokenizer(), V, NAMES, position)
-            g = plain_text_features(model, *prompts)
+            g = prompt_features(model, Tokenizer(), V, NAMES, position)
             f = features[batch, epoch % features.shape[1]]
             cosines = F.cosine_similarity(f[:, None], g[None], dim=-1)
             p = (model.logit_scale.exp() * cosines).softmax(1)
@@ -778,19 +776,17 @@ def test_all_broken_images_are_named_at_once(tmp_path):
 # ---- data.py: files and folders ------------------------------------------------------------------
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     """If its writer or the disk fails, the old file stays and nothing lies beside it."""
     file = tmp_path / "new" / "folder" / "file"
-    full = mock.Mock(side_effect=OSError("No space left on device"))
     with data.atomic_write(file) as out:
         out.write(b"old")
     with pytest.raises(KeyError):
         with data.atomic_write(file) as out:
             out.write(b"half")
             raise KeyError
-    for module, function in ((os, "replace"), (pathlib.Path, "write_bytes")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, function, full)
+    for function in ("os.replace", "pathlib.Path.write_bytes"):
+        with mock.patch(function, side_effect=OSError("No space left on device")):
             with pytest.raises(OSError, match="No space"):
                 with data.atomic_write(file) as out:
                     out.write(b"new")
@@ -1064,8 +1060,7 @@ def openai_answers(world, folder, names, V=None, position="end", templates=()):
         texts = [template.format(name.replace("_", " ")) for name in names]
         g = g + F.normalize(model.encode_text(Tokenizer()(texts)), dim=-1)
     if V is not None:
-        prompts = plain_prompts(model, Tokenizer(), V, names, position)
-        g = plain_text_features(model, *prompts)
+        g = prompt_features(model, Tokenizer(), V, names, position)
     paths = [path for path in sorted(folder.glob("*/*.png")) if path.parent.name in names]
     labels = torch.tensor([names.index(path.parent.name) for path in paths])
     crops = np.stack([np.array(Image.open(path)) for path in paths])
