@@ -989,19 +989,16 @@ def world(tmp_path_factory):
     paint(root / "half/train", CLASSES, [1] * 5)
     paint(root / "half/test", CLASSES[:3], [1] * 3)
     (root / "half/test/grid/gri_0.png").write_bytes(b"broken")
-    torch.manual_seed(0)
-    visual = clip_model.VisionTransformer(32, 16, 64, 1, 32)
-    clip = CLIP(32, visual, 64, 2, vocab_size=514)
-    clip.token_embedding.weight.data.normal_(0, 0.3)
-    clip.positional_embedding.data.normal_(0, 0.1)
-    for block in clip.transformer.resblocks:
-        block.attn.in_proj_weight.data *= 3              # so that classes differ
-    clip.half().float()                                  # as OpenAI's are
+    clip = openai_clip(resolution=32, vision_layers=1, vision_width=64, patch=16, width=64,
+                       double=False)
+    for block in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks):
+        block.attn.in_proj_weight *= 3                   # so that images and classes differ
     weights = root / "clip.pt"
     torch.save(clip.state_dict(), weights)
     (root / "open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": true}}')
     learn = ["--data", photos, "--backbone", weights, "--epochs", 3, "--shots", 2]
-    return types.SimpleNamespace(root=root, photos=photos, weights=weights, learn=learn)
+    return types.SimpleNamespace(
+        root=root, photos=photos, clip=clip, weights=weights, learn=learn)
 
 
 @pytest.fixture
@@ -1034,7 +1031,7 @@ def vectors(out):
 
 def openai_answers(world, folder, names, V=None, position="end", templates=()):
     """Cosines (N, K) of folder/<name>/*.png and prompts by OpenAI's class; accuracy."""
-    model = openai("model").build_model(torch.load(world.weights)).float()
+    model = world.clip
     g = 0
     for template in templates:
         texts = [template.format(name.replace("_", " ")) for name in names]
@@ -1258,7 +1255,7 @@ def prompts(world):
 ])
 def test_other_classes(command, prompts, world, tmp_path, file, names, rows, position):
     """V goes before other names; contexts go where their names go, and nowhere else."""
-    folder = paint(tmp_path / "test", names, [9] * 5, seed=6)
+    folder = paint(tmp_path / "test", names, [9] * 5, seed=7)
     use = ["--load", prompts / file, "--backbone", world.weights]
     screen, _ = command(*use, "--data", tmp_path, "--position", position)
     V = coop.load_prompt(prompts / file)["V"]
