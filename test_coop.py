@@ -1150,7 +1150,7 @@ def test_an_edit_of_the_program(command, world, tmp_path, monkeypatch, edit):
     file, before, after, learns, encodes = EDITS[edit]
     learn = [*world.learn, "--cache", tmp_path / "cache"]
     command(*learn)
-    old = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    old = list(tmp_path.rglob("*.*"))
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("coop", "clip_model", "data", "tokenizer"):
         monkeypatch.delitem(sys.modules, name)
@@ -1163,7 +1163,6 @@ def test_an_edit_of_the_program(command, world, tmp_path, monkeypatch, edit):
     new = [path.suffix for path in tmp_path.rglob("*.*") if path not in old]
     assert new.count(".json") == (2 if learns else 0)
     assert new.count(".npz") == (2 if encodes else 0)
-    assert all(path.read_bytes() == content for path, content in old.items())
 
 
 def test_another_split_is_another_run(world):
