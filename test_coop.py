@@ -1234,7 +1234,6 @@ def prompts(world):
     official = {**training_checkpoint({}), "state_dict": {"ctx": prompt["V"].half()}}
     torch.save({**prompt, "path": "/gone/clip.pt"}, world.root / "gone.pt")
     torch.save({**prompt, "settings": settings}, world.root / "foreign.pt")
-    torch.save({**prompt, "classnames": ["a"]}, world.root / "damaged.pt")
     torch.save({**prompt, "V": torch.randn(4, 64)}, world.root / "edited.pt")
     torch.save(official, world.root / "official.pt")
     torch.save({"state_dict": {"ctx": torch.ones(4, 32)}}, world.root / "narrow.pt")
@@ -1355,7 +1354,6 @@ MISTAKES = {   # a command line: the error
     "--load unified.pt --export unified.pt": "would overwrite the prompt itself",
     "--load specific.pt --data long": "none for 'a'; only a prompt without --csc",
     "--load clip.pt --words 1": "clip.pt is not a learned prompt",
-    "--load damaged.pt --words 1": "damaged.pt is not a learned prompt",
     "--load gone.pt --words 1": "was learned with /gone/clip.pt, which is not there",
     "--load edited.pt --data photos": "builds prompts in another way .* learn it anew",
     "--load foreign.pt --words 1": "was learned for other weights than",
