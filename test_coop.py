@@ -1423,7 +1423,6 @@ def test_a_killed_sweep_goes_on_where_it_was(command, world, tmp_path):
         done = found
     screen, _ = command(*sweep, "--seeds", 1, 1)
     assert screen.count("  (done already)") == len(done) == 3
-    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
     for stem, expected in vectors(tmp_path / "whole").items():
         assert torch.allclose(vectors(out)[stem], expected, atol=1e-5)
 
