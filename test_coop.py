@@ -1462,8 +1462,6 @@ def test_two_processes_share_the_work(command, world, tmp_path):
     files = len(list(two.rglob("*.*")))
     written = [int(err.split()[-1]) for _, err in (first, second)]
     assert sum(written) == files and abs(written[0] - files / 2) < 3
-    for stem, expected in results(tmp_path / "out").items():
-        assert results(two)[stem]["per_class"] == expected["per_class"]
     for mistake in (["--M", 0], ["--data", "nowhere"]):  # which both see, or the first one alone
         first, second = two_processes(*sweep, *mistake, code=2)
         assert re.fullmatch("error: .*\n", first[1] + second[1])
