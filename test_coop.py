@@ -1789,8 +1789,8 @@ def reader(downloads, tmp_path, monkeypatch):
     return here
 
 
-def test_readme_commands(reader, capsys):
-    """Every `python coop.py ...` of README runs as it stands there, one after the other."""
+def test_readme_runs(reader, capsys):
+    """Every `python coop.py ...` as it stands there, one after the other, and the example in code."""
     without_output = re.sub(r"```\ndemo: .*?```", "", README, flags=re.DOTALL)
     commands = re.findall(r"python coop\.py (--[^`&#\n]+)", without_output)
     assert len(commands) > 10
@@ -1806,10 +1806,6 @@ def test_readme_commands(reader, capsys):
     datasets = {path.name.split("-")[0] for path in (reader / "runs").glob("*.json")}
     assert datasets == {"demo", "dtd", "my_photos"}
     assert (reader / "prompt.npz").is_file()
-
-
-def test_readme_example_in_your_own_code(reader, capsys):
-    """README's lines run as they stand."""
     exec(readme_code("coop.training_features"), {})
     assert re.search(r"\d % correct", capsys.readouterr().out)
 
