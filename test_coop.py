@@ -1987,9 +1987,7 @@ def benchmark_steps(backbone, variants=VARIANTS):
 
 def benchmark_floor():
     """The step beside the time of its matrix products at the rate of a 2048 x 2048 product."""
-    visual = clip_model.VisionTransformer(32, 32, 64, 1, 1024)
-    clip = CLIP(1024, visual, 512, 12).requires_grad_(False).to(DEVICE)
-    clip_model.prepare(clip)
+    _, clip = full_size("RN50")
     learner = PromptLearner(clip, Tokenizer.openai(), DTD)
     labels = torch.arange(32, device=DEVICE)
     f = torch.randn(32, 1024, device=DEVICE)
