@@ -1064,7 +1064,7 @@ OPTIONS = {   # the shape of V, the settings that they change, the parts that ar
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_from_folder_to_prompt(command, world, tmp_path, options):
-    """An option changes V, a seed its start; screen, JSON and prompt say what OpenAI's code says."""
+    """An option changes V, a seed its start; screen, JSON and prompt agree with OpenAI's code."""
     shape, changed, parts = OPTIONS[options]
     tests = world.photos / "test"
     out = tmp_path / "my results"
@@ -1789,7 +1789,7 @@ def reader(downloads, tmp_path, monkeypatch):
 
 
 def test_readme_runs(reader, capsys):
-    """Every `python coop.py ...` as it stands there, one after the other, and the example in code."""
+    """Every `python coop.py ...` and the example in code, as they stand, one after the other."""
     without_output = re.sub(r"```\ndemo: .*?```", "", README, flags=re.DOTALL)
     commands = re.findall(r"python coop\.py (--[^`&#\n]+)", without_output)
     assert len(commands) > 10
@@ -1798,8 +1798,7 @@ def test_readme_runs(reader, capsys):
             command = command.replace("--plot", "")
         words = []
         for word in shlex.split(command):                    # as a shell does
-            word = os.path.expanduser(word)
-            words += glob.glob(word) or [word]
+            words += glob.glob(os.path.expanduser(word)) or [word]
         coop.main(words)                                     # an error exits
         assert capsys.readouterr().out, command
     datasets = {path.name.split("-")[0] for path in (reader / "runs").glob("*.json")}
