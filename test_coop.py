@@ -1768,7 +1768,8 @@ def readme_code(words):
 def reader(downloads, tmp_path, monkeypatch):
     """A reader's machine: small weights called RN50, folders of images, a demo made before."""
     here = tmp_path / "here"
-    weights = downloads / "RN50.pt"
+    weights_folder, _ = downloads
+    weights = weights_folder / "RN50.pt"
     clip = openai_clip(resolution=32, vocab_size=49408, width=64, layers=1, double=False)
     torch.save(clip.state_dict(), weights)
     monkeypatch.setitem(clip_model.MODELS, "RN50", (clip_model.sha256(weights), 1))
